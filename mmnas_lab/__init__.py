@@ -1,0 +1,1 @@
+"""Neural architecture search of multimodal networks with few labels or none."""

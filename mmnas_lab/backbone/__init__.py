@@ -1,0 +1,1 @@
+"""Frozen encoders: raw samples to pooled multi-level features."""

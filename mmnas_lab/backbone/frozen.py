@@ -1,0 +1,70 @@
+"""The encoders of all modalities as one backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mmnas_lab.backbone.base import Encoder
+from mmnas_lab.backbone.weights import hash_settings
+from mmnas_lab.types import InputError, InputInfos
+
+
+class Backbone:
+    """One encoder a modality, in the order of the configuration.
+
+    Attributes:
+        encoders: encoders by modality.
+    """
+
+    def __init__(self, **encoders: Encoder) -> None:
+        if not encoders:
+            raise InputError("a backbone needs at least one encoder, as `image: {_target_: ...}`")
+        for name, encoder in encoders.items():
+            if encoder.modality != name:
+                raise InputError(
+                    f"backbone entry '{name}' holds an encoder that reads modality '{encoder.modality}'; "
+                    f"name the entry '{encoder.modality}', or set its modality to '{name}'"
+                )
+        self.encoders: dict[str, Encoder] = encoders
+
+    @property
+    def label_free(self) -> bool:
+        """False if any encoder was trained with labels of this very dataset."""
+        return all(encoder.label_free for encoder in self.encoders.values())
+
+    def check(self, dataset_modalities: Iterable[str]) -> None:
+        """Refuse a dataset whose modalities are not those that are encoded.
+
+        Raises:
+            InputError: names the modalities on both sides.
+        """
+        encoded, given = set(self.encoders), set(dataset_modalities)
+        if encoded != given:
+            raise InputError(
+                f"the backbone reads {_listed(encoded)}, the dataset has {_listed(given)}; "
+                + "; ".join(
+                    [f"no data for encoder {_listed(encoded - given)}"] * bool(encoded - given)
+                    + [f"no encoder for modality {_listed(given - encoded)}"] * bool(given - encoded)
+                )
+                + "; choose another backbone=..., or override its entries"
+            )
+
+    def fingerprint(self) -> str:
+        """Hash of all encoders, their order included."""
+        return hash_settings(encoders=[[name, e.fingerprint()] for name, e in self.encoders.items()])
+
+    def infos(self, length: int) -> InputInfos:
+        """Names and shapes of all features, modality after modality, early to late."""
+        infos: InputInfos = {}
+        for encoder in self.encoders.values():
+            infos.update(encoder.infos(length))
+        return infos
+
+    def load(self) -> None:
+        """Load the weights of all encoders."""
+        for encoder in self.encoders.values():
+            encoder.load()
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in sorted(names)) or "none"

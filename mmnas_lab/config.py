@@ -1,0 +1,171 @@
+"""Schema of everything that is read from conf/.
+
+Nodes with a `_target_` (dataset, backbone, search_space, objective, strategy) are checked against the
+constructor that they name, in `build.py`; every other node has its model here. Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[int, Field(ge=0)]
+
+StageName = Literal["backbone", "features", "search", "pretrain", "train", "test"]
+BaselineName = Literal["text", "image", "two_stream", "late_fusion", "random_genotype"]
+Node = dict[str, Any]
+
+
+class Model(BaseModel):
+    """A node of the configuration: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+
+
+class Optimizer(Model):
+    """An optimizer of torch and its rate; betas are Adam's."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    lr: Positive = 1e-3
+    weight_decay: NonNegative = 1e-4
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+
+
+class FitSettings(Model):
+    """What every loop over batches has: how long, how large, at which rate."""
+
+    epochs: Amount
+    batch_size: Count
+    optimizer: Optimizer
+    schedule: Literal["one_cycle", "cosine", "constant"] = "cosine"
+    clip_norm: Positive | None = None
+
+
+class Views(Model):
+    """How views of a sample are drawn, in the cache (image, text) and on features in each step.
+
+    `num_views` cached views a sample of train and val; 0 leaves feature-level views only.
+    """
+
+    num_views: Amount = 4
+    seed: int = 0
+    image_strength: NonNegative = 1.0
+    text_strength: NonNegative = 1.0
+    feature_dropout: Probability = 0.0
+    feature_noise: NonNegative = 0.0
+    drop_modality: Probability = 0.0
+
+
+class FeatureViews(Model):
+    """Feature-level views of one stage: dropout, Gaussian noise (in standard deviations), lost modalities."""
+
+    dropout: Probability = 0.0
+    noise: NonNegative = 0.0
+    drop_modality: Probability = 0.0
+
+
+class Features(Model):
+    """The stage `features`: cached views of raw samples."""
+
+    num_views: Amount = 4
+    view_seed: int = 0
+    image_strength: NonNegative = 1.0
+    text_strength: NonNegative = 1.0
+
+
+class Search(FitSettings):
+    """The stage `search`.
+
+    The architecture optimizer moves alpha, beta and gamma; for `warmup_epochs` only the weights move.
+    """
+
+    arch_optimizer: Optimizer
+    warmup_epochs: Amount = 0
+    views: FeatureViews = FeatureViews()
+
+
+class Pretrain(FitSettings):
+    """The stage `pretrain`: contrastive, label-free; epochs 0 leaves it out."""
+
+    objective: Node
+    dropout: Probability | None = None
+    evaluations: Count = 20
+    views: FeatureViews = FeatureViews()
+
+
+class Train(FitSettings):
+    """The stage `train`: the classifier on the labelled share.
+
+    Attributes:
+        objective: the head's settings.
+        min_steps: epochs are raised until there are so many steps, so that a small share is not undertrained.
+        dropout: of the found network in this stage; null for the search space's.
+        view_probability: share of the samples of a step that are views, not the sample itself.
+        evaluations: how often the validation split is read, evenly spaced, the last epoch included.
+        on: `train` selects on val; `train_val` trains on both and takes the last epoch.
+    """
+
+    objective: Node
+    min_steps: Amount = 0
+    dropout: Probability | None = None
+    view_probability: Probability = 0.0
+    evaluations: Count = 30
+    on: Literal["train", "train_val"] = "train"
+    views: FeatureViews = FeatureViews()
+
+
+class Test(Model):
+    """The stage `test`: `select` is the state that is tested; best_test is what some papers report."""
+
+    select: Literal["validation", "best_test"] = "validation"
+
+
+class Trainer(Model):
+    """Hardware only; nothing here but `precision` and `devices` changes a result."""
+
+    accelerator: Literal["cpu", "gpu"] = "cpu"
+    devices: Count = 1
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    threads: Count | None = None
+    checkpoint_seconds: NonNegative = 30
+    deterministic: bool = True
+    timeout_seconds: Positive = 600
+
+
+class Logger(Model):
+    """Where metrics go besides the CSV file."""
+
+    name: Literal["csv", "wandb", "tensorboard"] = "csv"
+    project: str = "mmnas_lab"
+    mode: Literal["auto", "offline", "online"] = "auto"
+
+
+class Config(Model):
+    """The root. `conf/config.yaml` holds the defaults and says what each key does."""
+
+    experiment: str
+    scale: str
+    seed: Amount
+    labelled_share: float
+    stages: list[StageName]
+    baselines: list[BaselineName]
+    random_draws: Count
+    on_bad_sample: Literal["stop", "skip"]
+    output: str
+    dataset: Node
+    backbone: Node
+    search_space: Node
+    objective: Node
+    strategy: Node
+    features: Features
+    search: Search
+    pretrain: Pretrain
+    train: Train
+    test: Test
+    trainer: Trainer
+    logger: Logger

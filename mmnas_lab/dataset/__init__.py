@@ -1,0 +1,1 @@
+"""The data: raw samples of each modality, their splits, and label-free views of them."""

@@ -1,0 +1,1 @@
+"""What is minimised: a head, a loss and the metric that selects."""

@@ -1,0 +1,51 @@
+"""Scores of classifiers, by torchmetrics; all are fractions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmnas_lab.types import Task
+
+
+def classification_metrics(logits: Tensor, labels: Tensor, task: Task, threshold: float) -> dict[str, float]:
+    """Scores of logits (n, Y) against labels.
+
+    Multi-label: F1 with averages weighted, micro, macro (over classes) and samples, a label being predicted
+    where sigmoid(logit) > threshold; zero where a class or sample has neither labels nor predictions.
+    One class: accuracy, F1 macro and weighted.
+    """
+    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score, multilabel_f1_score
+
+    classes = logits.shape[1]
+    if task == "multiclass":
+        return {
+            "accuracy": float(multiclass_accuracy(logits, labels, classes, average="micro")),
+            "f1_macro": float(multiclass_f1_score(logits, labels, classes, average="macro")),
+            "f1_weighted": float(multiclass_f1_score(logits, labels, classes, average="weighted")),
+        }
+    # Sigmoid first: torchmetrics takes logits that happen to lie in [0, 1] for probabilities.
+    probabilities, truth = torch.sigmoid(logits), labels.int()
+    scores = {
+        f"f1_{average}": float(multilabel_f1_score(probabilities, truth, classes, threshold, average))
+        for average in ("weighted", "micro", "macro")
+    }
+    samples = multilabel_f1_score(
+        probabilities.unsqueeze(-1), truth.unsqueeze(-1), classes, threshold, "micro", "samplewise"
+    )
+    return {**scores, "f1_samples": float(samples.mean())}
+
+
+def per_class_f1(
+    logits: Tensor, labels: Tensor, task: Task, threshold: float, classes: Sequence[str]
+) -> dict[str, float]:
+    """F1 of each class by its name."""
+    from torchmetrics.functional.classification import multiclass_f1_score, multilabel_f1_score
+
+    if task == "multiclass":
+        scores = multiclass_f1_score(logits, labels, len(classes), average="none")
+    else:
+        scores = multilabel_f1_score(torch.sigmoid(logits), labels.int(), len(classes), threshold, "none")
+    return dict(zip(classes, scores.tolist(), strict=True))

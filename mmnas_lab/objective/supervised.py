@@ -1,0 +1,89 @@
+"""A classifier on the embedding: binary cross-entropy per class, or cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmnas_lab import distributed
+from mmnas_lab.objective.base import Needs, Objective, Run
+from mmnas_lab.objective.metrics import classification_metrics
+from mmnas_lab.types import Batch, InputError, Losses, Task
+
+
+class Supervised(Objective):
+    """A linear classifier with the loss of its task: BCE for multi-label, cross-entropy for one class.
+
+    Args:
+        embedding: D of the network.
+        task: of the dataset.
+        classes: names of the Y classes.
+        prior: (Y,) log-odds (multi-label) or log-probabilities of the classes among the training labels.
+        threshold: probability above which a label is predicted (multi-label).
+        dropout: on the embedding.
+        prior_bias: start the bias at `prior` instead of torch's default.
+        weight_scale: factor on the initial weights; a small one lets the prior speak first.
+    """
+
+    needs = Needs(views=1, labels=True)
+
+    def __init__(
+        self,
+        embedding: int,
+        task: Task,
+        classes: tuple[str, ...],
+        prior: Tensor,
+        threshold: float = 0.3,
+        dropout: float = 0.0,
+        prior_bias: bool = False,
+        weight_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not 0 < threshold < 1:
+            raise InputError(f"threshold must be between 0 and 1, got {threshold}")
+        self.task, self.classes, self.threshold = task, classes, threshold
+        self.selects = ("f1_weighted", "max") if task == "multilabel" else ("accuracy", "max")
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(embedding, len(classes))
+        with torch.no_grad():
+            self.linear.weight.mul_(weight_scale)
+            if prior_bias:
+                self.linear.bias.copy_(prior)
+
+    def logits(self, embedding: Tensor) -> Tensor:
+        """(B, Y) logits of an embedding (B, D)."""
+        return self.linear(self.dropout(embedding))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """() mean over samples (and classes for multi-label), in nats."""
+        if self.task == "multilabel":
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return F.cross_entropy(logits, labels)
+
+    def forward(self, run: Run, batch: Batch) -> Losses:
+        assert batch.labels is not None
+        loss = self.loss(self.logits(run(batch.views[0]).embedding), batch.labels)
+        return Losses(loss, {"loss": loss.detach()})
+
+    @torch.no_grad()
+    def predict(self, run: Run, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        """Logits (n, Y) and labels of all batches of this rank."""
+        logits, labels = [], []
+        for batch in batches:
+            logits.append(self.logits(run(batch.views[0]).embedding))
+            labels.append(batch.labels)
+        if not logits:
+            return torch.zeros(0, len(self.classes)), torch.zeros(0)
+        return torch.cat(logits), torch.cat(labels)
+
+    def evaluate(self, run: Run, batches: Iterable[Batch]) -> dict[str, float]:
+        logits, labels = self.predict(run, batches)
+        if distributed.world_size() > 1:
+            everything = distributed.gather_objects((logits, labels))
+            logits = torch.cat([part for part, _ in everything])
+            labels = torch.cat([part for _, part in everything if len(part)])
+        metrics = classification_metrics(logits, labels, self.task, self.threshold)
+        return {"loss": float(self.loss(logits, labels)), **metrics}

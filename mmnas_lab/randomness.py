@@ -1,0 +1,18 @@
+"""Random numbers by address: the same (seed, stage, epoch, step) gives the same draw, whatever came before."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def seed_of(*address: int | str) -> int:
+    """A 63-bit seed for an address such as `(seed, "search", epoch, step)`."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in address)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generator(*address: int | str) -> torch.Generator:
+    """A CPU generator seeded for an address."""
+    return torch.Generator().manual_seed(seed_of(*address))

@@ -1,0 +1,515 @@
+"""A drawing of a fusion genotype, from the backbone features on the left to the head on the right.
+
+The layout is made twice with the same rules: boxes stand in columns by depth, a wire that passes a column
+gets a lane of its own there, and the order within a column is the one with the fewest crossings. First the
+steps are laid out inside each cell, then the cells between features and head. So no wire runs through a box
+or a label. All lengths are inches, y points up; font sizes are points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import combinations, islice, pairwise, permutations
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.path import Path as Curve
+from matplotlib.textpath import TextPath
+
+OP_NAMES = {
+    "zero": "Zero",
+    "sum": "Sum",
+    "attention": "Attention",
+    "linear_glu": "LinearGLU",
+    "concat_fc": "ConcatFC",
+}
+# Okabe and Ito's palette, which colour-blind readers tell apart.
+# A usual modality has the same colour in all drawings.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+USUAL_COLOURS = {"image": 0, "video": 0, "rgb": 0, "text": 1, "skeleton": 1, "depth": 1, "audio": 2}
+INK, GREY, FAINT, CELL_FILL = "#22262b", "#5d6670", "#c3cad1", "#f4f6f8"
+FONT, NAME, SMALL = "DejaVu Sans", 10.0, 7.5
+PORT, TITLE = 0.19, 0.3
+MOST_ORDERS = 24
+"""Of the orders of modalities tried for few crossings: all of up to four."""
+
+Orders = list[list[str]]
+"""Keys of the boxes of each column, top first."""
+
+
+@dataclass
+class _Box:
+    """A box with its centre at (x, y); `entries` and `exit` are heights of its ports above the centre.
+
+    `any_order` says that its entries are alike, so that wires take them in the order in which they come. A
+    wire that leaves runs level up to `column_end`, the right edge of the widest box of the column.
+    """
+
+    key: str
+    column: int
+    width: float
+    height: float
+    entries: tuple[float, ...] = (0.0,)
+    exit: float = 0.0
+    any_order: bool = False
+    column_end: float = 0.0
+    x: float = 0.0
+    y: float = 0.0
+
+    @property
+    def left(self) -> float:
+        return self.x - self.width / 2
+
+    @property
+    def right(self) -> float:
+        return self.x + self.width / 2
+
+
+@dataclass
+class _Wire:
+    """From box `source` to entry `port` of box `target`, through the lanes that lie between."""
+
+    source: str
+    target: str
+    port: int
+    lanes: list[str] = field(default_factory=list)
+
+    def hops(self) -> list[tuple[str, str]]:
+        return list(pairwise([self.source, *self.lanes, self.target]))
+
+
+@dataclass
+class _Layout:
+    """Placed boxes by key, lanes among them, and the wires between them; the first column begins at x = 0."""
+
+    boxes: dict[str, _Box]
+    wires: list[_Wire]
+
+    @property
+    def top(self) -> float:
+        return max(box.y + box.height / 2 for box in self.boxes.values())
+
+    @property
+    def bottom(self) -> float:
+        return min(box.y - box.height / 2 for box in self.boxes.values())
+
+    @property
+    def right(self) -> float:
+        return max(box.right for box in self.boxes.values())
+
+    def heights(self, wire: _Wire, before: str, after: str) -> tuple[float, float]:
+        """Where one hop of a wire begins and ends."""
+        start, end = self.boxes[before], self.boxes[after]
+        return start.y + start.exit, end.y + (end.entries[wire.port] if after == wire.target else 0.0)
+
+
+def draw_fusion(genotype: dict[str, Any], margins: dict[str, float], path: Path) -> None:
+    """Write a drawing of a fusion genotype, fit for a paper.
+
+    It shows the features that the cells take, coloured by modality, each cell with its inputs x and y and its
+    steps, and the cells that reach the head. Beside each choice stands the margin by which it won. The
+    residual and the norm at the end of a cell are the same in every genotype and are left out.
+
+    Args:
+        genotype: JSON form of a fusion genotype: `cells` (`inputs` and `steps` of each) and `head_cells`.
+        margins: by `"cell.0.inputs"`, `"cell.0.step.0.inputs"`, `"cell.0.step.0.op"`; any may be absent.
+        path: `.svg`, the same bytes for the same genotype and text as text; or `.png`, 200 dots per inch.
+
+    Raises:
+        ValueError: if the genotype is of another space, or the suffix of `path` is neither `.svg` nor `.png`.
+    """
+    if path.suffix not in (".svg", ".png"):
+        raise ValueError(f"draw_fusion writes .svg or .png, got '{path.name}'")
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmnas_lab"}):
+        figure = fusion_figure(genotype, margins)
+        if path.suffix == ".svg":
+            figure.savefig(path, metadata={"Date": None, "Creator": None})
+        else:
+            figure.savefig(path)
+
+
+def fusion_figure(genotype: dict[str, Any], margins: dict[str, float]) -> Figure:
+    """The drawing of `draw_fusion` as a figure whose single axes measures inches."""
+    if genotype.get("space") != "fusion":
+        raise ValueError(f"draw_fusion needs a genotype of space 'fusion', got {genotype.get('space')!r}")
+    cells = genotype["cells"]
+    insides = {f"cell.{i}": _inside(f"cell.{i}", cell, margins) for i, cell in enumerate(cells)}
+    features = sorted({name for cell in cells for name in cell["inputs"]} - set(insides), key=_natural_order)
+    layout = _outside(cells, int(genotype["head_cells"]), insides, features)
+    note = "Small numbers: the margin by which a choice won over its runner-up." if margins else ""
+
+    pad = 0.1
+    left, right = -pad, max(layout.right, _text_width(note, SMALL)) + pad
+    bottom, top = layout.bottom - pad - (TITLE if note else 0.0), layout.top + pad
+    top = max(top, max(layout.boxes[name].y for name in features) + 0.16 + TITLE + pad)
+    figure = Figure(figsize=(right - left, top - bottom), dpi=200)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(left, right), ylim=(bottom, top))
+    axes.set_axis_off()
+    colours = _modality_colours(sorted({_modality(name) for name in features}))
+
+    _draw_features(axes, [layout.boxes[name] for name in features], colours)
+    for wire in layout.wires:
+        _draw_wire(axes, layout, wire, colours[_modality(wire.source)] if wire.source in features else INK)
+    for i, (key, inside) in enumerate(insides.items()):
+        _draw_cell(axes, layout.boxes[key], inside, cells[i], margins)
+    if "concat" in layout.boxes:
+        _draw_concat(axes, layout.boxes["concat"])
+    head = layout.boxes["head"]
+    _draw_box(axes, head.left, head.right, head.y - head.height / 2, head.y + head.height / 2, INK, INK)
+    _write(axes, head.x, head.y, "head", NAME, "white", weight="bold")
+    if note:
+        _write(axes, 0.0, bottom + pad + 0.06, note, SMALL, GREY, ha="left")
+    return figure
+
+
+# What stands where.
+
+
+def _outside(
+    cells: list[dict[str, Any]], head_cells: int, insides: dict[str, _Layout], features: list[str]
+) -> _Layout:
+    """Features, cells, concat and head, and the wires between them."""
+    width = max(_text_width(name, NAME) for name in features) + 0.26
+    boxes = [_Box(name, 0, width, 0.32) for name in features]
+    depth, wires = dict.fromkeys(features, 0), []
+    for (key, inside), cell in zip(insides.items(), cells, strict=True):
+        depth[key] = 1 + max(depth[name] for name in cell["inputs"])
+        middle = (inside.top + inside.bottom) / 2
+        entries = tuple(inside.boxes[port].y - middle for port in "xy")
+        exit_height = inside.boxes["out"].y - middle
+        boxes.append(_Box(key, depth[key], inside.right, inside.top - inside.bottom, entries, exit_height))
+        wires += [_Wire(name, key, port) for port, name in enumerate(cell["inputs"])]
+    boxes.append(_Box("head", 2 + max(depth.values()), 0.62, 0.4))
+    _join(boxes, wires, list(insides)[-head_cells:], "head")
+
+    def gap(above: _Box, below: _Box) -> float:
+        if above.column:
+            return 0.24
+        return 0.1 if _modality(above.key) == _modality(below.key) else 0.26 + TITLE
+
+    modalities = list(dict.fromkeys(_modality(name) for name in features))
+    orders = [
+        [name for modality in order for name in features if _modality(name) == modality]
+        for order in islice(permutations(modalities), MOST_ORDERS)
+    ]
+    return _arrange(boxes, wires, orders, gap, column_gap=0.45)
+
+
+def _inside(cell_key: str, cell: dict[str, Any], margins: dict[str, float]) -> _Layout:
+    """The inputs, the steps and the output of one cell, and the frame around them."""
+    strip = max(0.36, _text_width(_margin(margins, f"{cell_key}.inputs"), SMALL) + 0.14)
+    boxes = [_Box(port, 0, strip, 0.24) for port in "xy"]
+    states, depth, wires = ["x", "y"], {"x": 0, "y": 0}, []
+    for m, step in enumerate(cell["steps"]):
+        key = f"step.{m}"
+        sources = [states[i] for i in step["inputs"]]
+        depth[key] = 1 + max(depth[source] for source in sources)
+        width = sum(_step_widths(step["op"], margins, f"{cell_key}.{key}"))
+        boxes.append(_Box(key, depth[key], width, 0.58, (PORT, -PORT)))
+        wires += [_Wire(source, key, port) for port, source in enumerate(sources)]
+        states.append(key)
+    boxes.append(_Box("out", 2 + max(depth.values()), 0.0, 0.0))
+    _join(boxes, wires, states[2:], "out")
+    layout = _arrange(boxes, wires, [["x", "y"]], lambda above, below: 0.14, column_gap=0.28)
+    top, bottom = layout.top + TITLE + 0.04, layout.bottom - 0.12
+    layout.boxes["frame"] = _Box("frame", 0, 0.0, top - bottom, y=(top + bottom) / 2)
+    return layout
+
+
+def _join(boxes: list[_Box], wires: list[_Wire], parts: list[str], target: str) -> None:
+    """Lead all parts to the target, several of them through a box named concat in the column before it."""
+    end = boxes[-1]
+    if len(parts) == 1:
+        end.column -= 1
+        wires.append(_Wire(parts[0], target, 0))
+        return
+    step = max(0.2, 0.5 / len(parts))
+    entries = tuple(step * ((len(parts) - 1) / 2 - port) for port in range(len(parts)))
+    boxes.append(_Box("concat", end.column - 1, 0.26, max(0.72, step * len(parts)), entries, any_order=True))
+    wires += [_Wire(part, "concat", port) for port, part in enumerate(parts)]
+    wires.append(_Wire("concat", target, 0))
+
+
+def _arrange(
+    boxes: list[_Box],
+    wires: list[_Wire],
+    first_orders: list[list[str]],
+    gap: Callable[[_Box, _Box], float],
+    column_gap: float,
+) -> _Layout:
+    """Give every box its place: few crossings first, the given order second, short wires third.
+
+    Args:
+        boxes: their columns are set.
+        wires: each leads to a later column.
+        first_orders: the orders of the first column that are allowed, top first.
+        gap: least distance of two neighbours of a column, upper one first.
+        column_gap: least distance of two columns; steep wires widen it.
+    """
+    by_key = {box.key: box for box in boxes}
+    for wire in wires:
+        for column in range(by_key[wire.source].column + 1, by_key[wire.target].column):
+            lane = f"{wire.source} past column {column}"
+            by_key.setdefault(lane, _Box(lane, column, 0.0, 0.06))
+            wire.lanes.append(lane)
+    layout = _Layout(by_key, wires)
+    later: list[list[str]] = [[] for _ in range(max(box.column for box in by_key.values()))]
+    for box in by_key.values():
+        if box.column:
+            later[box.column - 1].append(box.key)
+
+    rank = {box.key: number for number, box in enumerate(boxes)}
+
+    def cost(orders: Orders) -> tuple[int, int, float]:
+        _set_heights(layout, orders, gap)
+        hops = _hop_heights(layout)
+        pairs = (pair for column in hops for pair in combinations(column, 2))
+        crossings = sum((a[0] - b[0]) * (a[1] - b[1]) < 0 for a, b in pairs)
+        named = [[rank[key] for key in column if key in rank] for column in orders[1:]]
+        reversals = sum(a > b for column in named for a, b in combinations(column, 2))
+        length = sum(abs(start - end) for column in hops for start, end in column)
+        return crossings, reversals, round(length, 6)
+
+    best = min((_untangle([first, *later], cost) for first in first_orders), key=cost)
+    _set_heights(layout, best, gap)
+    x = 0.0
+    for keys, hops in zip(best, _hop_heights(layout), strict=True):
+        if hops:
+            x += max(column_gap, *(0.4 * abs(start - end) for start, end in hops))
+        width = max(by_key[key].width for key in keys)
+        for key in keys:
+            box = by_key[key]
+            box.x, box.column_end = x + box.width / 2, x + width
+        x += width
+    return layout
+
+
+def _untangle(orders: Orders, cost: Callable[[Orders], tuple[int, int, float]]) -> Orders:
+    """Swap neighbours in all columns but the first for as long as that lowers the cost."""
+    best, improved = cost(orders), True
+    while improved:
+        improved = False
+        for column in range(1, len(orders)):
+            for i in range(len(orders[column]) - 1):
+                trial = [list(keys) for keys in orders]
+                trial[column][i : i + 2] = trial[column][i : i + 2][::-1]
+                if (value := cost(trial)) < best:
+                    orders, best, improved = trial, value, True
+    return orders
+
+
+def _hop_heights(layout: _Layout) -> list[list[tuple[float, float]]]:
+    """By column, the (start, end) heights of the pieces of wire that lead into it."""
+    columns: list[set[tuple[float, float]]] = [
+        set() for _ in range(1 + max(box.column for box in layout.boxes.values()))
+    ]
+    for wire in layout.wires:
+        for before, after in wire.hops():
+            columns[layout.boxes[after].column].add(layout.heights(wire, before, after))
+    return [sorted(column) for column in columns]
+
+
+def _set_heights(layout: _Layout, orders: Orders, gap: Callable[[_Box, _Box], float]) -> None:
+    """Put each box as near to the height of what leads into it as order and gaps allow."""
+    for keys in orders:
+        column = [layout.boxes[key] for key in keys]
+        wanted = []
+        for box in column:
+            box.y = 0.0
+            hops = [(w, *hop) for w in layout.wires for hop in w.hops() if hop[1] == box.key]
+            if box.any_order:
+                hops.sort(key=lambda hop: -layout.heights(*hop)[0])
+                for port, (wire, *_) in enumerate(hops):
+                    wire.port = port
+            rises = [start - end for start, end in (layout.heights(*hop) for hop in hops)]
+            wanted.append(sum(rises) / len(rises) if rises else 0.0)
+        offsets = [0.0]
+        for above, below in pairwise(column):
+            offsets.append(offsets[-1] + (above.height + below.height) / 2 + gap(above, below))
+        levels = _nonincreasing([want + offset for want, offset in zip(wanted, offsets, strict=True)])
+        for box, level, offset in zip(column, levels, offsets, strict=True):
+            box.y = level - offset
+
+
+def _nonincreasing(values: list[float]) -> list[float]:
+    """The non-increasing sequence nearest to `values` in least squares (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-2][0] < pools[-1][0]:
+            (a, n), (b, m) = pools[-2:]
+            pools[-2:] = [((a * n + b * m) / (n + m), n + m)]
+    return [value for value, count in pools for _ in range(count)]
+
+
+def _step_widths(op: str, margins: dict[str, float], key: str) -> tuple[float, float]:
+    """Widths of the two parts of a step's box: the margin of its inputs, and its operation."""
+    inputs = _text_width(_margin(margins, f"{key}.inputs"), SMALL)
+    body = max(_text_width(OP_NAMES[op], NAME), _text_width(_margin(margins, f"{key}.op"), SMALL))
+    return (inputs + 0.16 if inputs else 0.0), body + 0.22
+
+
+# What it looks like.
+
+
+def _draw_features(axes: Axes, features: list[_Box], colours: dict[str, str]) -> None:
+    for modality, colour in colours.items():
+        group = [box for box in features if _modality(box.key) == modality]
+        top = max(box.y + box.height / 2 for box in group)
+        _write(axes, group[0].x, top + 0.15, modality, SMALL + 1, colour)
+        for box in group:
+            bottom, top = box.y - box.height / 2, box.y + box.height / 2
+            _draw_box(axes, box.left, box.right, bottom, top, colour, colour)
+            _write(axes, box.x, box.y, box.key, NAME, _readable_on(colour), weight="bold")
+
+
+def _draw_cell(
+    axes: Axes, box: _Box, inside: _Layout, cell: dict[str, Any], margins: dict[str, float]
+) -> None:
+    """The frame of a cell and everything in it."""
+    frame = inside.boxes.pop("frame")
+    for part in inside.boxes.values():
+        part.x, part.y = part.x + box.left, part.y + box.y - frame.y
+        part.column_end += box.left
+    bottom, top = box.y - box.height / 2, box.y + box.height / 2
+    _draw_box(axes, box.left, box.right, bottom, top, CELL_FILL, FAINT, rounding=0.1, zorder=0.5)
+    _write(axes, box.left + 0.12, top - 0.17, f"Cell {box.key.split('.')[1]}", NAME, INK, "left", "bold")
+    for wire in inside.wires:
+        _draw_wire(axes, inside, wire, INK, arrow=wire.target != "out")
+    x, y = inside.boxes["x"], inside.boxes["y"]
+    for port in (x, y):
+        _write(axes, port.x + 0.02, port.y, port.key, NAME, INK, style="italic")
+    _write(axes, x.x + 0.02, (x.y + y.y) / 2, _margin(margins, f"{box.key}.inputs"), SMALL, GREY)
+    for m, step in enumerate(cell["steps"]):
+        _draw_step(axes, inside.boxes[f"step.{m}"], step["op"], margins, f"{box.key}.step.{m}")
+    if "concat" in inside.boxes:
+        _draw_concat(axes, inside.boxes["concat"])
+
+
+def _draw_step(axes: Axes, box: _Box, op: str, margins: dict[str, float], key: str) -> None:
+    strip, body = _step_widths(op, margins, key)
+    bottom, top = box.y - box.height / 2, box.y + box.height / 2
+    zero = op == "zero"
+    _draw_box(axes, box.left, box.right, bottom, top, "white", GREY if zero else INK, dashed=zero)
+    _write(axes, box.left + strip / 2, box.y, _margin(margins, f"{key}.inputs"), SMALL, GREY)
+    if strip:
+        axes.plot([box.left + strip] * 2, [bottom + 0.08, top - 0.08], color=FAINT, linewidth=0.8, zorder=3)
+    margin = _margin(margins, f"{key}.op")
+    x = box.right - body / 2
+    _write(axes, x, box.y + (0.1 if margin else 0.0), OP_NAMES[op], NAME, GREY if zero else INK)
+    _write(axes, x, box.y - 0.12, margin, SMALL, GREY)
+
+
+def _draw_concat(axes: Axes, box: _Box) -> None:
+    _draw_box(axes, box.left, box.right, box.y - box.height / 2, box.y + box.height / 2, "white", INK)
+    _write(axes, box.x, box.y, "concat", SMALL + 1, INK, rotation=90)
+
+
+def _draw_wire(axes: Axes, layout: _Layout, wire: _Wire, colour: str, arrow: bool = True) -> None:
+    """Level where it leaves, passes and arrives, curved between columns."""
+    points: list[tuple[float, float]] = []
+    codes: list[Any] = []
+    for before, after in wire.hops():
+        (start, end), (y0, y1) = (
+            (layout.boxes[before], layout.boxes[after]),
+            layout.heights(wire, before, after),
+        )
+        x0, x1 = start.column_end, end.left
+        points += [(start.right, y0), (x0, y0), ((x0 + x1) / 2, y0), ((x0 + x1) / 2, y1), (x1, y1)]
+        codes += [Curve.LINETO if codes else Curve.MOVETO, Curve.LINETO, *[Curve.CURVE4] * 3]
+    style = "-|>,head_length=0.32,head_width=0.14" if arrow else "-"
+    patch = FancyArrowPatch(path=Curve(points, codes), arrowstyle=style, mutation_scale=14, color=colour)
+    patch.set(linewidth=1.3, joinstyle="miter", capstyle="butt", zorder=2)
+    axes.add_patch(patch)
+
+
+def _draw_box(
+    axes: Axes,
+    left: float,
+    right: float,
+    bottom: float,
+    top: float,
+    fill: str,
+    edge: str,
+    rounding: float = 0.06,
+    dashed: bool = False,
+    zorder: float = 3.0,
+) -> None:
+    style = f"round,pad=0,rounding_size={rounding}"
+    patch = FancyBboxPatch((left, bottom), right - left, top - bottom, boxstyle=style, mutation_aspect=1.0)
+    patch.set(facecolor=fill, edgecolor=edge, linewidth=1.0, linestyle="--" if dashed else "-", zorder=zorder)
+    axes.add_patch(patch)
+
+
+def _write(
+    axes: Axes,
+    x: float,
+    y: float,
+    text: str,
+    size: float,
+    colour: str,
+    ha: str = "center",
+    weight: str = "normal",
+    style: Literal["normal", "italic"] = "normal",
+    rotation: float = 0.0,
+) -> None:
+    if text:
+        font = FontProperties(family=FONT, size=size, weight=weight, style=style)
+        va = "center" if rotation else "center_baseline"
+        axes.text(x, y, text, fontproperties=font, color=colour, ha=ha, va=va, rotation=rotation, zorder=5)
+
+
+def _text_width(text: str, size: float) -> float:
+    """Width of a text in inches, bold to be on the safe side."""
+    if not text:
+        return 0.0
+    return (
+        float(
+            TextPath((0, 0), text, size=size, prop=FontProperties(family=FONT, weight="bold"))
+            .get_extents()
+            .width
+        )
+        / 72
+    )
+
+
+def _margin(margins: dict[str, float], key: str) -> str:
+    """The text of a margin; empty where none was recorded."""
+    if key not in margins:
+        return ""
+    value = margins[key]
+    if value == 0:
+        return "tie"
+    return f"{value:+.3f}" if abs(value) >= 0.0005 else f"{value:+.0e}".replace("e-0", "e-")
+
+
+def _modality(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _natural_order(name: str) -> tuple[str, int, str]:
+    """Sort key of features: by modality, then by level, where "image.10" follows "image.9"."""
+    modality, _, level = name.partition(".")
+    return modality, int(level) if level.isdigit() else -1, level
+
+
+def _modality_colours(modalities: list[str]) -> dict[str, str]:
+    colours: dict[str, str] = {}
+    for modality in sorted(modalities, key=lambda name: name not in USUAL_COLOURS):
+        free = [colour for colour in PALETTE if colour not in colours.values()] or list(PALETTE)
+        usual = PALETTE[USUAL_COLOURS[modality]] if modality in USUAL_COLOURS else free[0]
+        colours[modality] = usual if usual in free else free[0]
+    return colours
+
+
+def _readable_on(colour: str) -> str:
+    """Black or white, whichever stands out more on a colour (relative luminance of WCAG 2)."""
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour))
+    return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.3 else INK

@@ -1,0 +1,1 @@
+"""What may be chosen: hypernets, genotypes and found networks, one folder a space."""

@@ -1,0 +1,111 @@
+"""What a search space is: choices, networks built from them, and for some a hypernet that holds all."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mmnas_lab.types import InputInfos, Inputs, Output, OutputInfo
+
+
+class Genotype(Protocol):
+    """A discrete architecture: frozen, hashable, JSON in and out."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with the name of the space and a schema version."""
+
+
+class Derived(NamedTuple):
+    """A genotype read off a hypernet, and by how much each choice won over its runner-up."""
+
+    genotype: Any
+    margins: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision of a space: a name and its options."""
+
+    name: str
+    options: tuple[str, ...]
+
+
+class Network(nn.Module, ABC):
+    """A module from named inputs to an embedding."""
+
+    info: OutputInfo
+
+    @abstractmethod
+    def forward(self, inputs: Inputs, present: dict[str, Tensor] | None = None) -> Output:
+        """The embedding (B, D) and taps; `present[m]` (B,) bool marks samples that have modality m."""
+
+
+class Hypernet(Network):
+    """A weight-sharing network that holds all candidate architectures.
+
+    Attributes:
+        arch: the architecture logits (alpha, beta, gamma); every other parameter is a weight.
+    """
+
+    arch: nn.ParameterDict
+    _weights_only: bool = False
+
+    @abstractmethod
+    def mixing(self) -> dict[str, Tensor]:
+        """The relaxed weights by name, each normalised over its last dimension where it is a choice."""
+
+    @abstractmethod
+    def derive(self) -> Derived:
+        """The genotype of the present logits."""
+
+    @contextmanager
+    def weights_only(self) -> Iterator[None]:
+        """Within it the mixing weights carry no gradient: the weight half-step wastes nothing on them."""
+        self._weights_only = True
+        try:
+            yield
+        finally:
+            self._weights_only = False
+
+    def logits(self, name: str) -> Tensor:
+        """An architecture logit tensor, detached in the weight half-step."""
+        parameter = self.arch[name]
+        return parameter.detach() if self._weights_only else parameter
+
+
+class SearchSpace(Protocol):
+    """All that random, fixed and sampling strategies need.
+
+    Attributes:
+        length: positions to which backbone maps are pooled.
+    """
+
+    length: int
+
+    def choices(self, inputs: InputInfos) -> list[Choice]:
+        """The decisions that make a genotype."""
+
+    def sample(self, inputs: InputInfos, generator: torch.Generator) -> Any:
+        """A genotype drawn uniformly."""
+
+    def parse(self, data: dict[str, Any], inputs: InputInfos) -> Any:
+        """A genotype from its JSON form, checked against the inputs. Raises InputError."""
+
+    def build(self, genotype: Any, inputs: InputInfos) -> Network:
+        """The found network with fresh weights."""
+
+    def fixed(self, name: str, inputs: InputInfos) -> Any:
+        """A genotype or network recipe of a baseline, by name."""
+
+
+class Relaxed(SearchSpace, Protocol):
+    """A space that gradient strategies can search."""
+
+    def hypernet(self, inputs: InputInfos) -> Hypernet:
+        """The hypernet with fresh weights and logits."""

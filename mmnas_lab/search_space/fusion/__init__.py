@@ -1,0 +1,1 @@
+"""The fusion search space of BM-NAS: cells that fuse backbone features."""

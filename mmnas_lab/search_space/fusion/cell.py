@@ -1,0 +1,147 @@
+"""Parts that the hypernet and the found network share: reshape layers, the mixed step, cell end, head.
+
+Section numbers of BM-NAS's supplement are not needed to read this: a feature (B, C_i, L_i) is brought to
+(B, L, C), a cell turns two such tensors into one, the head flattens the last cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmnas_lab.search_space.fusion.primitive_ops import BatchNorm, Dropout, LinearOp, StepOp, Sum, Zero
+from mmnas_lab.types import InputError, InputInfo
+
+
+class Reshape(nn.Module):
+    """A pooled feature (B, C_i, L_i) to (B, L, C): 1x1 convolution, BatchNorm, ReLU, dropout.
+
+    A vector (L_i = 1) becomes L equal columns before BatchNorm; its product is computed once.
+    """
+
+    def __init__(self, name: str, info: InputInfo, channels: int, length: int, dropout: float) -> None:
+        super().__init__()
+        feature_channels, feature_length = info.shape
+        if feature_length not in (1, length):
+            raise InputError(
+                f"feature '{name}' has {feature_length} positions, the fusion space needs 1 or {length}; "
+                f"compute the features with search_space.length={feature_length} or change the pooling"
+            )
+        self.length = length
+        self.linear = nn.Linear(feature_channels, channels)
+        self.norm = BatchNorm(channels)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        h = self.linear(feature.transpose(1, 2))  # (B, L_i, C)
+        if h.shape[1] != self.length:
+            h = h.expand(-1, self.length, -1)
+        return self.dropout(torch.relu(self.norm(h)))
+
+
+class MixedStep(nn.Module):
+    """All candidate operations of one step node, averaged by gamma (BM-NAS eq. 10).
+
+    The linear maps of its operations are one product with stacked weights; where both operands are the
+    same tensor, W_x z + W_y z = (W_x + W_y) z halves it.
+    """
+
+    def __init__(self, ops: dict[str, StepOp]) -> None:
+        super().__init__()
+        self.ops = nn.ModuleDict(ops)
+        self.linear_names = [name for name, op in ops.items() if isinstance(op, LinearOp)]
+
+    def forward(self, first: Tensor, second: Tensor, gamma: Tensor) -> Tensor:
+        """Mix the operations on (B, L, C) operands with weights gamma (K,)."""
+        linear_ops = [self.ops[name] for name in self.linear_names]
+        weight = torch.cat([op.joint_weight() for op in linear_ops])  # (sum of out, 2C)
+        bias = torch.cat([op.joint_bias() for op in linear_ops])
+        if first is second:
+            left, right = weight.chunk(2, 1)
+            product = F.linear(first, left + right, bias)
+        else:
+            product = F.linear(torch.cat([first, second], -1), weight, bias)
+        sizes = [op.joint_bias().shape[0] for op in linear_ops]
+        products = dict(zip(self.linear_names, product.split(sizes, -1), strict=True))
+
+        mixed: Tensor | None = None
+        for weight_f, (name, op) in zip(gamma, self.ops.items(), strict=True):
+            if isinstance(op, Zero):
+                continue
+            if isinstance(op, Sum) and first is second:
+                term = (2 * weight_f) * first
+            elif name in products:
+                term = weight_f * op.activate(products[name])
+            else:
+                term = weight_f * op(first, second)
+            mixed = term if mixed is None else mixed + term
+        assert mixed is not None
+        return mixed
+
+
+class OutConv(nn.Module):
+    """The last inner states, concatenated, back to C channels: 1x1 convolution, BatchNorm, ReLU, dropout."""
+
+    def __init__(self, num_states: int, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.num_states = num_states
+        self.linear = nn.Linear(num_states * channels, channels)
+        self.norm = BatchNorm(channels)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        return self.dropout(torch.relu(self.norm(self.linear(torch.cat(states[-self.num_states :], -1)))))
+
+
+class LastState(nn.Module):
+    """The last step's output."""
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        return states[-1]
+
+
+class ReleasedCellEnd(nn.Module):
+    """LayerNorm over positions and channels of (output + x), as released."""
+
+    def __init__(self, cell_outputs: int, channels: int, length: int, dropout: float) -> None:
+        super().__init__()
+        self.out = LastState() if cell_outputs == 1 else OutConv(cell_outputs, channels, dropout)
+        self.norm = nn.LayerNorm((length, channels))
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        return self.norm(self.out(states) + states[0])
+
+
+class PaperCellEnd(nn.Module):
+    """The steps themselves: one as it is, several concatenated.
+
+    How M C channels become C again is not printed; the released out convolution is used.
+    """
+
+    def __init__(self, num_steps: int, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.out = LastState() if num_steps == 1 else OutConv(num_steps, channels, dropout)
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        return self.out(states)
+
+
+class Flatten(nn.Module):
+    """The last cells, concatenated on channels, as an embedding (B, H C L), channel-major.
+
+    As released: LayerNorm over channels and positions, ReLU; the paper prints neither.
+    """
+
+    def __init__(self, num_cells: int, channels: int, length: int, norm: bool) -> None:
+        super().__init__()
+        self.num_cells = num_cells
+        self.norm = nn.LayerNorm((length, num_cells * channels)) if norm else None
+
+    def forward(self, cells: Sequence[Tensor]) -> Tensor:
+        last = torch.cat(cells[-self.num_cells :], -1)  # (B, L, H C)
+        if self.norm is not None:
+            last = torch.relu(self.norm(last))
+        return last.transpose(1, 2).flatten(1)

@@ -1,0 +1,209 @@
+"""The fusion hypernets: every feature and every operation at once, weighted by alpha, beta and gamma.
+
+`SharedHypernet` is the published one (BM-NAS eq. 1, 2, 10): each edge has its own (none, skip) weights, and
+one mixture is both inputs of a cell. `DistinctHypernet` is ours: x and y are two mixtures, each normalised
+over its candidates, so that which input carries the residual, and which attends to which, is learned.
+
+Neither computes a thing twice: all feature mixtures of all cells are one contraction, `none` costs nothing,
+and the linear maps of a step are one product (see `MixedStep`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mmnas_lab.search_space.base import Derived, Hypernet
+from mmnas_lab.search_space.fusion.cell import Flatten, MixedStep, Reshape
+from mmnas_lab.search_space.fusion.derivation import (
+    DistinctRule,
+    Rule,
+    derive,
+    edge_slices,
+    inner_slices,
+)
+from mmnas_lab.types import InputInfos, Inputs, Output, OutputInfo
+
+if TYPE_CHECKING:
+    from mmnas_lab.search_space.fusion.space import FusionSpace
+
+
+class FusionHypernet(Hypernet):
+    """What both pairings have in common.
+
+    Args:
+        space: the settings (N cells, M steps, C channels, L length, ...).
+        inputs: the backbone features, in the order of alpha's columns.
+        rule: how the genotype is read off.
+        shapes: shapes of alpha, beta and gamma; drawn as 1e-3 N(0, 1), as released.
+    """
+
+    def __init__(
+        self, space: FusionSpace, inputs: InputInfos, rule: Rule, shapes: dict[str, tuple[int, ...]]
+    ) -> None:
+        super().__init__()
+        self.features = tuple(inputs)
+        self.modality_of = {name: info.modality for name, info in inputs.items()}
+        self.ops = tuple(space.ops)
+        self.num_cells, self.num_steps, self.head_cells = space.num_cells, space.num_steps, space.head_cells
+        self.rule = rule
+        self.edges = edge_slices(len(inputs), space.num_cells)
+        self.inner = inner_slices(space.num_steps)
+
+        self.reshape = nn.ModuleList(space.reshape(name, info) for name, info in inputs.items())
+        self.steps = nn.ModuleList(
+            nn.ModuleList(MixedStep({name: make() for name, make in space.ops.items()}) for _ in range(self.num_steps))
+            for _ in range(self.num_cells)
+        )
+        self.ends = nn.ModuleList(space.cell_end() for _ in range(self.num_cells))
+        self.flatten: Flatten = space.flatten()
+        self.arch = nn.ParameterDict({k: nn.Parameter(1e-3 * torch.randn(s)) for k, s in shapes.items()})
+        self.info = OutputInfo(
+            space.head_cells * space.channels * space.length,
+            {f"cell.{i}": (space.channels, space.length) for i in range(self.num_cells)},
+        )
+
+    def operands(self) -> tuple[Tensor, Tensor, Callable[[int, int, Sequence[Tensor]], tuple[Tensor, Tensor]]]:
+        """Mixing weights of this forward.
+
+        Returns:
+            Feature weights of all cell inputs (S, n), earlier-cell weights of all cell inputs (S, N), and a
+            function from (cell, step, states) to the step's two operands.
+        """
+        raise NotImplementedError
+
+    def cell_inputs(self, i: int, sources: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """x and y of cell i among the S cell inputs."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Inputs, present: dict[str, Tensor] | None = None) -> Output:
+        h = torch.stack([
+            reshape(masked(inputs[name], present, self.modality_of[name]))
+            for name, reshape in zip(self.features, self.reshape, strict=True)
+        ])  # (n, B, L, C)
+        feature_weights, cell_weights, step_operands = self.operands()
+        gamma = torch.softmax(self.logits("gamma"), -1)  # (N, M, K)
+        mixtures = (feature_weights @ h.flatten(1)).view(-1, *h.shape[1:])  # (S, B, L, C)
+
+        per_cell = mixtures.shape[0] // self.num_cells
+        cells: list[Tensor] = []
+        for i in range(self.num_cells):
+            rows = range(i * per_cell, (i + 1) * per_cell)
+            sources = [mixtures[s] for s in rows]
+            for c, cell in enumerate(cells):
+                sources = [u + cell_weights[s, c] * cell for u, s in zip(sources, rows, strict=True)]
+            states = list(self.cell_inputs(i, sources))
+            for m, step in enumerate(self.steps[i]):
+                first, second = step_operands(i, m, states)
+                states.append(step(first, second, gamma[i, m]))
+            cells.append(self.ends[i](states))
+        taps = {f"cell.{i}": cell.transpose(1, 2) for i, cell in enumerate(cells)}
+        return Output(self.flatten(cells), taps)
+
+
+class SharedHypernet(FusionHypernet):
+    """One mixture a cell, (none, skip) weights on each edge: alpha (E, 2), beta (N, I, 2), gamma (N, M, K)."""
+
+    def __init__(self, space: FusionSpace, inputs: InputInfos, rule: Rule) -> None:
+        shapes = {
+            "alpha": (edge_slices(len(inputs), space.num_cells)[-1].stop, 2),
+            "beta": (space.num_cells, inner_slices(space.num_steps)[-1].stop, 2),
+            "gamma": (space.num_cells, space.num_steps, len(space.ops)),
+        }
+        super().__init__(space, inputs, rule, shapes)
+
+    def mixing(self) -> dict[str, Tensor]:
+        return {name: torch.softmax(self.logits(name), -1) for name in self.arch}
+
+    def operands(self) -> tuple[Tensor, Tensor, Callable[[int, int, Sequence[Tensor]], tuple[Tensor, Tensor]]]:
+        alpha = torch.softmax(self.logits("alpha"), -1)[:, 1]  # (E,)
+        beta = torch.softmax(self.logits("beta"), -1)[..., 1]  # (N, I)
+        n = len(self.features)
+        by_cell = [alpha[edges] for edges in self.edges]
+        feature_weights = torch.stack([a[:n] for a in by_cell])
+        cell_weights = torch.stack([nn.functional.pad(a[n:], (0, self.num_cells - i)) for i, a in enumerate(by_cell)])
+
+        def step_operands(i: int, m: int, states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            b = beta[i, self.inner[m]]
+            z = (b[0] + b[1]) * states[0]  # x and y are one tensor
+            for q in range(2, 2 + m):
+                z = z + b[q] * states[q]
+            return z, z
+
+        return feature_weights, cell_weights, step_operands
+
+    def cell_inputs(self, i: int, sources: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return sources[0], sources[0]
+
+    def derive(self) -> Derived:
+        with torch.no_grad():
+            mixing = self.mixing()
+        alpha = [mixing["alpha"][edges] for edges in self.edges]
+        beta = [[cell[inner] for inner in self.inner] for cell in mixing["beta"]]
+        return derive(alpha, beta, mixing["gamma"], self.features, self.ops, self.head_cells, self.rule)
+
+
+class DistinctHypernet(FusionHypernet):
+    """Two mixtures a cell and a step: alpha (2, E), beta (N, 2, I), gamma (N, M, K).
+
+    alpha is normalised over the candidates of each cell, beta over the predecessors of each step.
+    """
+
+    def __init__(self, space: FusionSpace, inputs: InputInfos) -> None:
+        shapes = {
+            "alpha": (2, edge_slices(len(inputs), space.num_cells)[-1].stop),
+            "beta": (space.num_cells, 2, inner_slices(space.num_steps)[-1].stop),
+            "gamma": (space.num_cells, space.num_steps, len(space.ops)),
+        }
+        super().__init__(space, inputs, DistinctRule(space.num_steps), shapes)
+
+    def mixing(self) -> dict[str, Tensor]:
+        alpha, beta = self.logits("alpha"), self.logits("beta")
+        return {
+            "alpha": torch.cat([torch.softmax(alpha[:, edges], -1) for edges in self.edges], -1),
+            "beta": torch.cat([torch.softmax(beta[..., inner], -1) for inner in self.inner], -1),
+            "gamma": torch.softmax(self.logits("gamma"), -1),
+        }
+
+    def operands(self) -> tuple[Tensor, Tensor, Callable[[int, int, Sequence[Tensor]], tuple[Tensor, Tensor]]]:
+        mixing = self.mixing()
+        alpha, beta = mixing["alpha"], mixing["beta"]
+        n = len(self.features)
+        by_cell = [alpha[:, edges] for edges in self.edges]
+        feature_weights = torch.cat([a[:, :n] for a in by_cell])  # (2N, n): x and y of cell 0, of cell 1, ...
+        cell_weights = torch.cat([nn.functional.pad(a[:, n:], (0, self.num_cells - i)) for i, a in enumerate(by_cell)])
+
+        def step_operands(i: int, m: int, states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            b = beta[i, :, self.inner[m]]  # (2, 2 + m)
+            first, second = (sum_of(row, states) for row in b)
+            return first, second
+
+        return feature_weights, cell_weights, step_operands
+
+    def cell_inputs(self, i: int, sources: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return sources[0], sources[1]
+
+    def derive(self) -> Derived:
+        with torch.no_grad():
+            mixing = self.mixing()
+        alpha = [mixing["alpha"][:, edges] for edges in self.edges]
+        beta = [[cell[:, inner] for inner in self.inner] for cell in mixing["beta"]]
+        return derive(alpha, beta, mixing["gamma"], self.features, self.ops, self.head_cells, self.rule)
+
+
+def sum_of(weights: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """The weighted sum of tensors of one shape."""
+    total = weights[0] * tensors[0]
+    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+        total = total + weight * tensor
+    return total
+
+
+def masked(feature: Tensor, present: dict[str, Tensor] | None, modality: str) -> Tensor:
+    """The feature with the samples that miss its modality set to zero, the mean of standardised features."""
+    if present is None or modality not in present:
+        return feature
+    return feature * present[modality].view(-1, 1, 1).to(feature.dtype)

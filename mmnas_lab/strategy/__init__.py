@@ -1,0 +1,1 @@
+"""How an architecture is searched."""

@@ -1,0 +1,73 @@
+"""What a search strategy is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from mmnas_lab.config import Search
+from mmnas_lab.loader import Draw, Source
+from mmnas_lab.objective.base import Needs, Objective
+from mmnas_lab.training import Point, Runtime
+from mmnas_lab.types import InputInfos, OutputInfo
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One search.
+
+    Attributes:
+        space: the search space.
+        inputs: what its networks read.
+        objective: makes the objective for a network's output.
+        needs: of that objective.
+        weights: samples on which shared weights (or a draw's weights) are trained.
+        architecture: samples on which architectures are moved and compared.
+        draw: what a training batch takes of its samples.
+        settings: the stage's.
+        seed: of the run.
+        runtime: hardware and listeners.
+    """
+
+    space: Any
+    inputs: InputInfos
+    objective: Callable[[OutputInfo], Objective]
+    needs: Needs
+    weights: Source
+    architecture: Source
+    draw: Draw
+    settings: Search
+    seed: int
+    runtime: Runtime
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        genotype: the best architecture.
+        margins: by how much each of its choices won.
+        selection: how it was chosen among the candidates: name, value, epoch or draw.
+        history: everything logged.
+        trace: relaxed weights over the search, `{"names": ..., "records": [...]}`; empty without a hypernet.
+    """
+
+    genotype: Any
+    margins: dict[str, float]
+    selection: dict[str, Any]
+    history: list[Point] = field(default_factory=list)
+    trace: dict[str, Any] = field(default_factory=dict)
+
+
+class Strategy(Protocol):
+    """A way to search."""
+
+    name: str
+    needs_hypernet: bool
+    needs_data: bool
+
+    def search(self, problem: Problem, folder: Path) -> SearchResult:
+        """Find a genotype; save points go into `folder`, and are taken up again from there."""

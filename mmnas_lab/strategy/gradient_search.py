@@ -1,0 +1,220 @@
+"""Bilevel search by gradients (DARTS, BM-NAS): weights on one half of the data, architecture on the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmnas_lab import distributed
+from mmnas_lab.loader import Batches, FixedBatches
+from mmnas_lab.objective.base import Scored
+from mmnas_lab.randomness import seed_of
+from mmnas_lab.search_space.base import Hypernet
+from mmnas_lab.strategy.base import Problem, SearchResult
+from mmnas_lab.training import Fit, make_optimizer, make_schedule
+from mmnas_lab.types import Batch
+
+Alternation = Literal["batch", "epoch"]
+
+
+class SearchBatch(NamedTuple):
+    """The half-steps of one step: either may be absent."""
+
+    arch: Batch | None
+    weights: Batch | None
+
+
+class SearchModule(Fit):
+    """A hypernet under alternating half-steps of alpha, beta, gamma and of w.
+
+    The architecture half-step differentiates with respect to the logits alone, and averages these few numbers
+    over the ranks itself; the weight half-step detaches them. Under DDP the logits are therefore left out of
+    its buckets, and stay bit-identical over ranks because every rank applies the same mean gradient.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        weights: Batches,
+        architecture: Batches,
+        held: FixedBatches,
+        alternation: Alternation,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = False
+        self.weight_batches, self.arch_batches, self.held = weights, architecture, held
+        self.alternation = alternation
+        self.best: dict[str, Any] = {}
+        self.trace: list[dict[str, Any]] = []
+        names = [f"scored.network.arch.{name}" for name in self.network.arch]
+        torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
+
+    @property
+    def network(self) -> Hypernet:
+        """The hypernet."""
+        return self.scored.network  # type: ignore[return-value]
+
+    @property
+    def arch_parameters(self) -> list[torch.nn.Parameter]:
+        """alpha, beta, gamma."""
+        return list(self.network.arch.values())
+
+    @property
+    def weight_parameters(self) -> list[torch.nn.Parameter]:
+        """w: everything else, the objective's parameters included."""
+        arch = {id(parameter) for parameter in self.arch_parameters}
+        return [parameter for parameter in self.scored.parameters() if id(parameter) not in arch]
+
+    # Which batches come when.
+
+    def steps_per_epoch(self, epoch: int) -> int:
+        if self.alternation == "batch":
+            return len(self.weight_batches)
+        return len(self.weight_batches) + (len(self.arch_batches) if self._moves(epoch) else 0)
+
+    def epoch_batches(self, epoch: int, start: int) -> Iterator[SearchBatch]:
+        if self.alternation == "batch":
+            order, length = None, len(self.arch_batches)
+            for step, weights in enumerate(self.weight_batches.epoch(epoch, start), start):
+                arch = None
+                if self._moves(epoch):
+                    # The architecture half goes round as often as it takes, shuffled anew each time.
+                    turn, inner = divmod(epoch * len(self.weight_batches) + step, length)
+                    if order is None or order[0] != turn:
+                        order = (turn, self.arch_batches.order(turn))
+                    arch = self.arch_batches.batch(turn, inner, order[1])
+                yield SearchBatch(arch, weights)
+            return
+        first = len(self.weight_batches)
+        if start < first:
+            for weights in self.weight_batches.epoch(epoch, start):
+                yield SearchBatch(None, weights)
+        if self._moves(epoch):
+            for arch in self.arch_batches.epoch(epoch, max(start - first, 0)):
+                yield SearchBatch(arch, None)
+
+    def _moves(self, epoch: int) -> bool:
+        """Whether the architecture is updated in this epoch."""
+        return epoch >= self.settings.warmup_epochs  # type: ignore[attr-defined]
+
+    # The two half-steps.
+
+    def training_step(self, batch: SearchBatch, batch_idx: int) -> None:
+        weight_optimizer, arch_optimizer = self.optimizers()  # type: ignore[misc]
+        if batch.arch is not None:
+            self.add("search/arch_loss", self.arch_step(batch.arch, arch_optimizer))
+        if batch.weights is not None:
+            self.add("search/weight_loss", self.weight_step(batch.weights, weight_optimizer))
+
+    def arch_step(self, batch: Batch, optimizer: Any) -> Tensor:
+        """One first-order step of alpha, beta and gamma."""
+        loss = self.scored(batch).total
+        gradients = distributed.mean_over_ranks(list(torch.autograd.grad(loss, self.arch_parameters)))
+        for parameter, gradient in zip(self.arch_parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    def weight_step(self, batch: Batch, optimizer: Any) -> Tensor:
+        """One step of w with the mixing weights held."""
+        optimizer.zero_grad()
+        with self.network.weights_only():
+            loss = self.scored(batch).total
+            self.manual_backward(loss)
+        if self.settings.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.weight_parameters, self.settings.clip_norm)
+        optimizer.step()
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        return loss.detach()
+
+    def configure_optimizers(self) -> Any:
+        weights = make_optimizer(self.weight_parameters, self.settings.optimizer)
+        arch = make_optimizer(self.arch_parameters, self.settings.arch_optimizer)  # type: ignore[attr-defined]
+        steps = self.num_epochs * len(self.weight_batches)
+        return [weights, arch], [make_schedule(weights, self.settings, steps)]
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        distributed.broadcast_module(self.scored)
+
+    # Selection.
+
+    def after_epoch(self, epoch: int) -> dict[str, float]:
+        mixing = {name: weights.flatten().tolist() for name, weights in self._mixing().items()}
+        self.trace.append({"step": self._done, "epoch": epoch, "mixing": mixing})
+        values = self.scored.objective.evaluate(self.network, self.held)
+        loss = values["loss"]
+        if self._moves(epoch) and math.isfinite(loss) and (not self.best or loss < self.best["loss"]):
+            derived = self.network.derive()
+            self.best = {
+                "loss": loss,
+                "epoch": epoch,
+                "genotype": derived.genotype.to_json(),
+                "margins": derived.margins,
+            }
+        return {f"search/eval_{name}": value for name, value in values.items()}
+
+    @torch.no_grad()
+    def _mixing(self) -> dict[str, Tensor]:
+        return self.network.mixing()
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"best": self.best, "trace": self.trace}
+
+    def set_extra_state_from(self, state: dict[str, Any]) -> None:
+        self.best, self.trace = state["best"], state["trace"]
+
+
+class Bilevel:
+    """First-order bilevel search (DARTS, arXiv 1806.09055, with xi = 0).
+
+    Args:
+        alternation: `batch` makes an architecture and a weight half-step in every step, as DARTS does;
+            `epoch` passes once over the weight half, then once over the architecture half, as BM-NAS does.
+    """
+
+    name = "bilevel"
+    needs_hypernet = True
+    needs_data = True
+
+    def __init__(self, alternation: Alternation = "batch") -> None:
+        self.alternation: Alternation = alternation
+
+    def search(self, problem: Problem, folder: Path) -> SearchResult:
+        """The genotype with the lowest eval-mode loss on the whole architecture half, over the epochs."""
+        settings, address = problem.settings, (problem.seed, "search")
+        whole = problem.needs.views == 2
+        torch.manual_seed(seed_of(*address, "init"))
+        network = problem.space.hypernet(problem.inputs)
+        module = SearchModule(
+            Scored(network, problem.objective(network.info)).to(problem.runtime.device),
+            "search",
+            settings,
+            settings.epochs,
+            address,
+            problem.runtime,
+            folder / "search.ckpt",
+            weights=Batches(problem.weights, problem.draw, settings.batch_size, (*address, "weights"), whole),
+            architecture=Batches(problem.architecture, problem.draw, settings.batch_size, (*address, "arch"), whole),
+            held=FixedBatches(problem.architecture, problem.draw, settings.batch_size, (*address, "held"), whole),
+            alternation=self.alternation,
+        )
+        module.run()
+        best = module.best
+        trace = {"names": network.choice_names(), "records": module.trace}
+        return SearchResult(
+            problem.space.parse(best["genotype"], problem.inputs),
+            best["margins"],
+            {"name": "search/eval_loss", "value": best["loss"], "epoch": best["epoch"]},
+            module.history,
+            trace,
+        )
+
+
