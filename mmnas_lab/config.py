@@ -46,21 +46,6 @@ class FitSettings(Model):
     clip_norm: Positive | None = None
 
 
-class Views(Model):
-    """How views of a sample are drawn, in the cache (image, text) and on features in each step.
-
-    `num_views` cached views a sample of train and val; 0 leaves feature-level views only.
-    """
-
-    num_views: Amount = 4
-    seed: int = 0
-    image_strength: NonNegative = 1.0
-    text_strength: NonNegative = 1.0
-    feature_dropout: Probability = 0.0
-    feature_noise: NonNegative = 0.0
-    drop_modality: Probability = 0.0
-
-
 class FeatureViews(Model):
     """Feature-level views of one stage: dropout, Gaussian noise (in standard deviations), lost modalities."""
 
@@ -70,7 +55,10 @@ class FeatureViews(Model):
 
 
 class Features(Model):
-    """The stage `features`: cached views of raw samples."""
+    """The stage `features`: cached views of raw samples, `num_views` of each in train and val.
+
+    0 leaves feature-level views only. The views have a seed of their own, so that all seeds share them.
+    """
 
     num_views: Amount = 4
     view_seed: int = 0
@@ -155,7 +143,6 @@ class Config(Model):
     stages: list[StageName]
     baselines: list[BaselineName]
     random_draws: Count
-    on_bad_sample: Literal["stop", "skip"]
     output: str
     dataset: Node
     backbone: Node
@@ -163,6 +150,7 @@ class Config(Model):
     objective: Node
     strategy: Node
     features: Features
+    encoder_pretrain: Pretrain
     search: Search
     pretrain: Pretrain
     train: Train

@@ -130,3 +130,42 @@ class FixedBatches:
         for i, index in enumerate(self.rows.split(self.batch_size)):
             if i % distributed.world_size() == distributed.rank():
                 yield self.draw(self.source, index, generator(*self.address, "draw", i))
+
+
+class JoinedSource:
+    """Two sources one after the other: training on train and val together."""
+
+    def __init__(self, first: Source, second: Source) -> None:
+        self.first, self.second = first, second
+        self.infos = first.infos
+        parts = [source.labels for source in (first, second)]
+        self.labels = None if any(part is None for part in parts) else torch.cat(parts)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def clean(self, index: Tensor) -> Batch:
+        """The samples as they are."""
+        return self._join(index, lambda source, rows: source.clean(rows))
+
+    def views(self, index: Tensor, generator: torch.Generator, count: int) -> Batch:
+        """`count` views of each sample."""
+        return self._join(index, lambda source, rows: source.views(rows, generator, count))
+
+    def mixed(self, index: Tensor, generator: torch.Generator, clean_probability: float) -> Batch:
+        """Clean samples and views of samples."""
+        return self._join(index, lambda source, rows: source.mixed(rows, generator, clean_probability))
+
+    def _join(self, index: Tensor, take: Callable[[Source, Tensor], Batch]) -> Batch:
+        """Both parts' batches, put back into the order of the index."""
+        inside = index < len(self.first)
+        parts = [(self.first, index[inside]), (self.second, index[~inside] - len(self.first))]
+        batches = [take(source, rows) for source, rows in parts if len(rows)]
+        order = torch.argsort(torch.cat([inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]]))
+        views = tuple(
+            {name: torch.cat([batch.views[v][name] for batch in batches])[order] for name in batches[0].views[v]}
+            for v in range(len(batches[0].views))
+        )
+        if batches[0].labels is None:
+            return Batch(views)
+        return Batch(views, torch.cat([batch.labels for batch in batches if batch.labels is not None])[order])

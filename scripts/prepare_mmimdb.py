@@ -14,6 +14,7 @@ import shutil
 import sys
 import tarfile
 import urllib.request
+import zlib
 from http.client import HTTPException
 from pathlib import Path
 
@@ -36,8 +37,8 @@ def download(url: str, archive: Path) -> None:
             shutil.copyfileobj(response, file, 1 << 20)
     except (OSError, HTTPException, ValueError) as error:
         raise PrepareError(
-            f"cannot download '{url}': {error}. Try again, give another address with --url, or download the archive "
-            "by hand and pass it with --archive"
+            f"cannot download '{url}': {error}. Try again, give another address with --url, or download the "
+            "archive by hand and pass it with --archive"
         ) from error
     if size and part.stat().st_size != size:
         raise PrepareError(f"'{url}' broke off after {part.stat().st_size} of {size} bytes; run this again")
@@ -45,7 +46,7 @@ def download(url: str, archive: Path) -> None:
 
 
 def unpack(archive: Path, out: Path) -> None:
-    """Unpack `archive` so that its `split.json` becomes `out/split.json`; `out` appears only once complete."""
+    """Unpack `archive` so that its `split.json` becomes `out/split.json`; `out` appears once complete."""
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -53,11 +54,12 @@ def unpack(archive: Path, out: Path) -> None:
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(part, filter="data")
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         shutil.rmtree(part)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise PrepareError(
-            f"cannot unpack '{archive}': {error}. Check that there is space left, or delete the file and run this "
-            "again to download it anew"
+            f"cannot unpack '{archive}': {reason}. Check that there is space left, or delete the file and "
+            "run this again to download it anew"
         ) from error
     found = next(part.rglob("split.json"), None)
     if found is None:

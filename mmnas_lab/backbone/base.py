@@ -16,7 +16,7 @@ class Encoder(Protocol):
     """One frozen encoder of one modality.
 
     Constructors take plain settings and check them (an unknown model name is an `InputError` there),
-    but load no weights; `load` does.
+    but load no weights; `load` does. `encode` may be called from several threads at once.
 
     Attributes:
         modality: the modality of the dataset that it reads.

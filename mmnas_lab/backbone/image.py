@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,7 +57,7 @@ class TimmImage:
         head_mean: bool = True,
         mean: list[float] | None = None,
         std: list[float] | None = None,
-        batch_size: int = 64,
+        batch_size: int = 16,
         precision: Precision = "float32",
         device: str = "auto",
         seed: int = 0,
@@ -76,7 +76,8 @@ class TimmImage:
             head_mean: one more level of length 1, the mean of the last map before the classifier.
             mean: of the normalised pixels in [0, 1], a value a colour; None: as the model was trained.
             std: likewise.
-            batch_size: pictures in one pass; the results depend on it by rounding only.
+            batch_size: pictures in one pass; the results depend on it by rounding only. A CPU is fastest
+                where a batch fits into its cache.
             precision: `bfloat16` computes under autocast: faster on some hardware, 8 bits of mantissa.
             device: `auto`, `cpu` or `cuda`.
             seed: of the random weights where there are none to load.
@@ -107,10 +108,10 @@ class TimmImage:
         self._restored = False
         self._loading = threading.Lock()
 
-        from timm.data import resolve_model_data_config
+        import timm
 
         blueprint = self._create("meta")
-        config: dict[str, Any] = resolve_model_data_config(blueprint)
+        config: dict[str, Any] = timm.data.resolve_model_data_config(blueprint)  # type: ignore[no-untyped-call, attr-defined]
         self.height = height or int(config["input_size"][1])
         self.width = width or int(config["input_size"][2])
         self.interpolation: str = config["interpolation"]
@@ -147,10 +148,8 @@ class TimmImage:
             weights = f"seed {self.seed}"
         size = [self.height, self.width]
         pixels = [self.mean, self.std, self.interpolation]
-        levels = [self.levels, self.taps, self.head_mean]
-        return hash_settings(
-            model=self.model, weights=weights, size=size, pixels=pixels, levels=levels, precision=self.precision
-        )
+        levels = [self.levels, self.taps, self.head_mean, self.precision]
+        return hash_settings(model=self.model, weights=weights, size=size, pixels=pixels, levels=levels)
 
     def _checkpoint(self) -> Path:
         assert self.checkpoint_path is not None
@@ -229,6 +228,9 @@ class TimmImage:
         """The model as a network on pixels; training it changes what `encode` gives."""
         return _TimmNetwork(self.modality, self._loaded, self._shapes)
 
+    def fit(self, samples: Iterable[Image]) -> None:
+        """Nothing to learn without training."""
+
     def save(self, path: Path) -> None:
         """Write the weights as safetensors."""
         save_state(self._loaded.model, path)
@@ -245,7 +247,7 @@ class TimmImage:
         resampling = getattr(Resampling, self.interpolation.upper(), Resampling.BICUBIC)
         size = (self.width, self.height)
         pictures = [np.asarray(sample.convert("RGB").resize(size, resampling)) for sample in samples]
-        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)  # (B, 3, H, W), channels last in memory
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)  # (B, 3, H, W)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
@@ -272,7 +274,9 @@ class _Tap:
 class _Levels(nn.Module):
     """A timm model that gives its levels."""
 
-    def __init__(self, model: Any, name: str, indices: list[int] | None, taps: list[str] | None, head_mean: bool):
+    def __init__(
+        self, model: Any, name: str, indices: list[int] | None, taps: list[str] | None, head_mean: bool
+    ) -> None:
         super().__init__()
         self.model = model
         self.name = name
@@ -346,12 +350,12 @@ def check_timm_name(model: str) -> None:
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
         near = get_close_matches(model, timm.list_models(), n=3, cutoff=0.5)
-        raise InputError(
-            f"timm has no model '{model}'" + (f"; near: {', '.join(near)}" if near else "; see timm.list_models()")
-        )
+        hint = f"near: {', '.join(near)}" if near else "timm.list_models() lists them"
+        raise InputError(f"timm has no model '{model}'; {hint}")
     tagged = timm.list_pretrained(f"{architecture}.*")
     if tag and model not in tagged:
-        raise InputError(f"timm has no weights '{tag}' of '{architecture}'; it has: {', '.join(tagged) or 'none'}")
+        listed = ", ".join(tagged) or "none"
+        raise InputError(f"timm has no weights '{tag}' of '{architecture}'; it has: {listed}")
 
 
 def square_root(length: int) -> int:

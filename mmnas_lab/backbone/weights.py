@@ -91,7 +91,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def fit_state(model: nn.Module, tensors: dict[str, Tensor], source: str, unused: tuple[str, ...] = ()) -> None:
+def fit_state(
+    model: nn.Module, tensors: dict[str, Tensor], source: str, unused: tuple[str, ...] = ()
+) -> None:
     """Load a state dict into a model, by name or, where all names differ, by order.
 
     Some files name their layers otherwise than the model does, but list them alike. They are taken by order
@@ -118,7 +120,7 @@ def fit_state(model: nn.Module, tensors: dict[str, Tensor], source: str, unused:
     def needed(name: str) -> bool:
         return not name.startswith(unused) if unused else True
 
-    fitting = {name: value for name, value in given.items() if name in wanted and wanted[name].shape == value.shape}
+    fitting = {n: value for n, value in given.items() if n in wanted and wanted[n].shape == value.shape}
     faults = [
         f"{name} {tuple(wanted[name].shape)}"
         + (f" is {tuple(given[name].shape)} in the file" if name in given else " is missing")

@@ -280,7 +280,7 @@ class RawFolder:
                 "Add it, or leave the movie out of split.json"
             )
         plots = content["plot"] if isinstance(content["plot"], list) else [content["plot"]]
-        text = max((plot for plot in plots if plot), key=len, default="")
+        text = max((plot for plot in plots if plot), key=lambda plot: len(plot.strip()), default="")
         return Movie(movie_id, text, self._file(movie_id, "jpeg"), file)
 
     def _file(self, movie_id: str, suffix: str) -> Path:

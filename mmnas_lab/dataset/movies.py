@@ -301,10 +301,8 @@ def draw_poster(shown: dict[str, bool], size: tuple[int, int], generator: np.ran
     if shown["sun"]:
         radius = uniform(0.24, 0.34) * width
         x, y = uniform(0.3, 0.7) * width, uniform(0.25, 0.4) * height
-        draw.ellipse(
-            (x - radius, y - radius, x + radius, y + radius),
-            fill=colour((0.9, 1.0), (0.75, 1.0)),
-        )
+        disc = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse(disc, fill=colour((0.9, 1.0), (0.75, 1.0)))
 
     ground = colour((0.3, 0.45) if night else (0.25, 0.5), (0.3, 0.7))
     horizon = uniform(0.8, 0.88) * height

@@ -47,7 +47,7 @@ class ImageViews:
         if sample.size not in self._transforms:
             self._transforms[sample.size] = self._build(*sample.size)
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        # torchvision draws from torch's global CPU generator; torch.manual_seed would touch the GPU's as well.
+        # torchvision draws from torch's global CPU generator; torch.manual_seed would seed the GPU's too.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return self._transforms[sample.size](sample)

@@ -14,6 +14,7 @@ from itertools import combinations, islice, pairwise, permutations
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -22,6 +23,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Curve
 from matplotlib.textpath import TextPath
+from scipy.optimize import isotonic_regression
 
 OP_NAMES = {
     "zero": "Zero",
@@ -333,20 +335,9 @@ def _set_heights(layout: _Layout, orders: Orders, gap: Callable[[_Box, _Box], fl
         offsets = [0.0]
         for above, below in pairwise(column):
             offsets.append(offsets[-1] + (above.height + below.height) / 2 + gap(above, below))
-        levels = _nonincreasing([want + offset for want, offset in zip(wanted, offsets, strict=True)])
+        levels = isotonic_regression(np.add(wanted, offsets), increasing=False).x.tolist()
         for box, level, offset in zip(column, levels, offsets, strict=True):
             box.y = level - offset
-
-
-def _nonincreasing(values: list[float]) -> list[float]:
-    """The non-increasing sequence nearest to `values` in least squares (pool adjacent violators)."""
-    pools: list[tuple[float, int]] = []
-    for value in values:
-        pools.append((value, 1))
-        while len(pools) > 1 and pools[-2][0] < pools[-1][0]:
-            (a, n), (b, m) = pools[-2:]
-            pools[-2:] = [((a * n + b * m) / (n + m), n + m)]
-    return [value for value, count in pools for _ in range(count)]
 
 
 def _step_widths(op: str, margins: dict[str, float], key: str) -> tuple[float, float]:

@@ -64,6 +64,10 @@ class Hypernet(Network):
     def derive(self) -> Derived:
         """The genotype of the present logits."""
 
+    @abstractmethod
+    def choice_names(self) -> dict[str, list[str]]:
+        """A name for each entry of `mixing`, flattened: what plots and traces write beside it."""
+
     @contextmanager
     def weights_only(self) -> Iterator[None]:
         """Within it the mixing weights carry no gradient: the weight half-step wastes nothing on them."""
@@ -97,8 +101,8 @@ class SearchSpace(Protocol):
     def parse(self, data: dict[str, Any], inputs: InputInfos) -> Any:
         """A genotype from its JSON form, checked against the inputs. Raises InputError."""
 
-    def build(self, genotype: Any, inputs: InputInfos) -> Network:
-        """The found network with fresh weights."""
+    def build(self, genotype: Any, inputs: InputInfos, dropout: float | None = None) -> Network:
+        """The found network with fresh weights; `dropout` overrides the space's."""
 
     def fixed(self, name: str, inputs: InputInfos) -> Any:
         """A genotype or network recipe of a baseline, by name."""

@@ -79,6 +79,16 @@ class FusionHypernet(Hypernet):
         """x and y of cell i among the S cell inputs."""
         raise NotImplementedError
 
+    def _candidates(self, i: int) -> list[str]:
+        return [*self.features, *(f"cell.{c}" for c in range(i))]
+
+    def _states(self, m: int) -> list[str]:
+        return ["x", "y", *(f"s{q}" for q in range(m))]
+
+    def _op_names(self) -> list[str]:
+        steps = [(i, m) for i in range(self.num_cells) for m in range(self.num_steps)]
+        return [f"cell.{i} step {m}: {op}" for i, m in steps for op in self.ops]
+
     def forward(self, inputs: Inputs, present: dict[str, Tensor] | None = None) -> Output:
         h = torch.stack([
             reshape(masked(inputs[name], present, self.modality_of[name]))
@@ -117,6 +127,16 @@ class SharedHypernet(FusionHypernet):
 
     def mixing(self) -> dict[str, Tensor]:
         return {name: torch.softmax(self.logits(name), -1) for name in self.arch}
+
+    def choice_names(self) -> dict[str, list[str]]:
+        cells, steps, edges = range(self.num_cells), range(self.num_steps), ("none", "skip")
+        return {
+            "alpha": [f"cell.{i} {e}: {name}" for i in cells for name in self._candidates(i) for e in edges],
+            "beta": [
+                f"cell.{i} step {m} {e}: {state}" for i in cells for m in steps for state in self._states(m) for e in edges
+            ],
+            "gamma": self._op_names(),
+        }
 
     def operands(self) -> tuple[Tensor, Tensor, Callable[[int, int, Sequence[Tensor]], tuple[Tensor, Tensor]]]:
         alpha = torch.softmax(self.logits("alpha"), -1)[:, 1]  # (E,)
@@ -166,6 +186,20 @@ class DistinctHypernet(FusionHypernet):
             "alpha": torch.cat([torch.softmax(alpha[:, edges], -1) for edges in self.edges], -1),
             "beta": torch.cat([torch.softmax(beta[..., inner], -1) for inner in self.inner], -1),
             "gamma": torch.softmax(self.logits("gamma"), -1),
+        }
+
+    def choice_names(self) -> dict[str, list[str]]:
+        cells, steps = range(self.num_cells), range(self.num_steps)
+        return {
+            "alpha": [f"cell.{i} {port}: {name}" for port in "xy" for i in cells for name in self._candidates(i)],
+            "beta": [
+                f"cell.{i} step {m} {operand}: {state}"
+                for i in cells
+                for operand in ("first", "second")
+                for m in steps
+                for state in self._states(m)
+            ],
+            "gamma": self._op_names(),
         }
 
     def operands(self) -> tuple[Tensor, Tensor, Callable[[int, int, Sequence[Tensor]], tuple[Tensor, Tensor]]]:

@@ -64,6 +64,18 @@ class FusionSpace:
             )
         if head_cells is not None and not 1 <= head_cells <= num_cells:
             raise InputError(f"search_space.head_cells must be between 1 and num_cells = {num_cells}, got {head_cells}")
+        self.settings: dict[str, Any] = {
+            "num_cells": num_cells,
+            "num_steps": num_steps,
+            "channels": channels,
+            "length": length,
+            "dropout": dropout,
+            "cell_outputs": cell_outputs,
+            "head_cells": head_cells,
+            "attention_dropout": attention_dropout,
+            "protocol": protocol,
+            "pairing": pairing,
+        }
         self.num_cells, self.num_steps = num_cells, num_steps
         self.channels, self.length, self.dropout = channels, length, dropout
         self.cell_outputs = cell_outputs
@@ -98,11 +110,12 @@ class FusionSpace:
             return DistinctHypernet(self, inputs)
         return SharedHypernet(self, inputs, PaperRule() if self.protocol == "paper" else ReleasedRule())
 
-    def build(self, genotype: Any, inputs: InputInfos) -> Network:
-        """The found network, or the two-stream baseline, with fresh weights."""
+    def build(self, genotype: Any, inputs: InputInfos, dropout: float | None = None) -> Network:
+        """The found network, or the two-stream baseline, with fresh weights and its own dropout if given."""
+        space = self if dropout is None else FusionSpace(**{**self.settings, "dropout": dropout})
         if isinstance(genotype, TwoStream):
-            return TwoStreamNetwork(self, genotype, inputs)
-        return FoundNetwork(self, genotype, inputs)
+            return TwoStreamNetwork(space, genotype, inputs)
+        return FoundNetwork(space, genotype, inputs)
 
     def choices(self, inputs: InputInfos) -> list[Choice]:
         """Two different inputs a cell, the operands of its later steps, an operation a step."""

@@ -1,0 +1,126 @@
+"""From configuration to objects: every node is checked against the constructor that it names, then built."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from mmnas_lab.config import Config, Node
+from mmnas_lab.types import InputError
+
+
+def near(name: str, valid: Iterable[str]) -> str:
+    """The nearest valid names as the end of a message."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"valid are: {', '.join(names)}"
+
+
+def check_config(values: Mapping[str, Any]) -> Config:
+    """The configuration with all its types.
+
+    Raises:
+        InputError: an unknown key, a wrong type or an impossible value anywhere, with the nearest valid ones.
+    """
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(problem, values) for problem in error.errors())) from None
+    if not 0 < config.labelled_share <= 1:
+        raise InputError(
+            f"labelled_share must be in (0, 1], got {config.labelled_share:g}: the classifier needs at least one "
+            "labelled sample; to run only the label-free stages set stages=[features,search,pretrain]"
+        )
+    for group in ("dataset", "backbone", "search_space", "objective", "strategy"):
+        check_node(getattr(config, group), group)
+    check_node(config.pretrain.objective, "pretrain.objective")
+    check_node(config.train.objective, "train.objective")
+    return config
+
+
+def _explain(problem: Any, values: Mapping[str, Any]) -> str:
+    """One line for one pydantic error."""
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        model: Any = Config
+        for part in problem["loc"][:-1]:
+            model = model.model_fields[part].annotation
+        return f"unknown key '{path}'; {near(str(problem['loc'][-1]), model.model_fields)}"
+    if problem["type"] == "missing":
+        return f"'{path}' is not set; set it on the command line or in the configuration"
+    if problem["type"] == "literal_error":
+        options = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        return f"{path}={problem['input']}: no such option; {near(str(problem['input']), options)}"
+    return f"{path}={problem['input']}: {problem['msg']}"
+
+
+def check_node(node: Node, path: str) -> None:
+    """Compare a node with the constructor of its `_target_`: names, options and types of all arguments.
+
+    Raises:
+        InputError: naming the argument and the nearest valid ones.
+    """
+    constructor = target(node, path)
+    parameters = inspect.signature(constructor).parameters
+    hints = typing.get_type_hints(constructor.__init__) if inspect.isclass(constructor) else {}
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for name, value in node.items():
+        if name == "_target_":
+            continue
+        if isinstance(value, Mapping) and "_target_" in value:
+            check_node(dict(value), f"{path}.{name}")
+        elif name not in parameters:
+            if open_ended:
+                raise InputError(f"{path}.{name} needs a _target_, got {value!r}")
+            raise InputError(f"unknown key '{path}.{name}'; {near(name, parameters)}")
+        elif name in hints:
+            _check_value(value, hints[name], f"{path}.{name}")
+
+
+def _check_value(value: Any, hint: Any, path: str) -> None:
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+        adapter.validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        if problem["type"] == "literal_error":
+            options = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+            raise InputError(f"{path}={value}: no such option; {near(str(value), options)}") from None
+        raise InputError(f"{path}={value}: {problem['msg']}") from None
+
+
+def target(node: Node, path: str) -> Any:
+    """The constructor that a node names."""
+    from hydra.utils import get_object
+
+    if "_target_" not in node:
+        raise InputError(f"{path} has no _target_; choose one with {path}=<name> ({path} is a group of conf/)")
+    try:
+        return get_object(node["_target_"])
+    except Exception as error:
+        raise InputError(f"{path}._target_={node['_target_']} cannot be imported: {error}") from None
+
+
+def build(node: Node, path: str, **facts: Any) -> Any:
+    """The object of a checked node; `facts` are arguments that other objects hand forward.
+
+    Raises:
+        InputError: what the constructor itself refuses.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(node, _convert_="all", **facts)
+    except InstantiationException as error:
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise InputError(str(cause)) from None
+        raise InputError(f"{path} cannot be built: {error.__cause__ or error}") from error

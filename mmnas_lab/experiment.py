@@ -1,0 +1,517 @@
+"""The stages of an experiment as plain calls, each skipped when its result is there.
+
+    dataset -> backbone features -> search -> genotype -> pretrain -> train -> test -> record
+
+Stages up to pretraining are given the dataset without its labels, unless the objective of the search needs
+them. Baselines are the same `pretrain`, `train` and `test` of fixed networks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmnas_lab import distributed
+from mmnas_lab.backbone.feature_cache import FeatureCache, compute_features
+from mmnas_lab.backbone.feature_source import FeatureSource
+from mmnas_lab.backbone.frozen import Backbone
+from mmnas_lab.build import build
+from mmnas_lab.config import Config, FeatureViews
+from mmnas_lab.dataset.base import SPLITS, Dataset, LabelFree
+from mmnas_lab.dataset.split import halves, labelled_share
+from mmnas_lab.dataset.views import FeatureViews as DrawnFeatureViews
+from mmnas_lab.dataset.views import ImageViews, TextViews
+from mmnas_lab.encoder_training import prepare_encoders
+from mmnas_lab.loader import Batches, DrawMixed, FixedBatches, JoinedSource, Source, draw_clean, draw_pairs
+from mmnas_lab.objective.base import Needs, Objective, Scored
+from mmnas_lab.randomness import generator, seed_of
+from mmnas_lab.stage import StageResult, digest, stage, write_json
+from mmnas_lab.strategy.base import Problem
+from mmnas_lab.testing import late_fusion, log_prior, predict, score
+from mmnas_lab.training import Point, Runtime, train
+from mmnas_lab.types import InputError, OutputInfo, Split
+
+log = logging.getLogger(__name__)
+
+# Raised when a stage's result changes for the same settings.
+VERSIONS = {"data": 1, "backbone": 1, "features": 1, "search": 1, "pretrain": 1, "train": 1, "test": 1}
+
+
+@dataclass(frozen=True)
+class Found:
+    """One network's way through the stages: which architecture, and what came of it."""
+
+    genotype: Any
+    stages: dict[str, StageResult]
+    metrics: dict[str, dict[str, Any]]
+
+
+class Experiment:
+    """One configuration on one seed.
+
+    Args:
+        config: checked settings.
+        runtime: hardware and listeners.
+
+    Raises:
+        InputError: settings, data or encoders that cannot be used; nothing has been computed then.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config, self.runtime = config, runtime
+        self.root = Path(config.output) / "stages"
+        self.results: dict[str, StageResult] = {}
+        self.dataset: Dataset = build(config.dataset, "dataset")
+        self.backbone: Backbone = build(config.backbone, "backbone")
+        self.space: Any = build(config.search_space, "search_space")
+        self.strategy: Any = build(config.strategy, "strategy")
+        self.numerics = {"devices": config.trainer.devices, "precision": config.trainer.precision}
+        self._refuse_what_does_not_fit()
+        self.backbone.check(self.dataset.modalities)
+        self.dataset.open()
+        self._leave_out_unreadable()
+        if self.needs_labels:
+            self.labels("train")  # early, before anything is computed
+
+    def _refuse_what_does_not_fit(self) -> None:
+        if self.strategy.needs_hypernet and not hasattr(self.space, "hypernet"):
+            raise InputError(
+                f"strategy={self.strategy.name} needs a search space with a hypernet, which '{self.space.name}' has "
+                "not; choose strategy=random or strategy=fixed"
+            )
+        if self.config.pretrain.epochs and self.objective_needs(self.config.pretrain.objective).views != 2:
+            raise InputError("pretrain.objective must be label-free, nt_xent for instance")
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether a stage of this run reads labels."""
+        supervised_search = self.strategy.needs_data and self.objective_needs(self.config.objective).labels
+        return bool({"train", "test"} & set(self.config.stages)) or supervised_search
+
+    # Data.
+
+    def _leave_out_unreadable(self) -> None:
+        """Find samples that cannot be used, once for this data; stop with all of them, or leave them out."""
+        dataset = self.dataset
+        if not hasattr(dataset, "on_bad_sample"):
+            return
+
+        def compute(folder: Path) -> None:
+            if distributed.rank() == 0:
+                bad = {split: {str(k): why for k, why in dataset.unreadable(split).items()} for split in SPLITS}
+                write_json(folder / "unreadable.json", bad)
+
+        result = stage(self.root, "data", dataset.name, VERSIONS["data"], {}, {"data": dataset.fingerprint()}, compute)
+        bad = json.loads((result.folder / "unreadable.json").read_text())
+        lines = [
+            f"  {split} {dataset.ids(split)[int(k)]}: {why}" for split in SPLITS for k, why in bad[split].items()
+        ]
+        if lines and dataset.on_bad_sample == "stop":
+            raise InputError(
+                f"{len(lines)} samples of dataset '{dataset.name}' cannot be read:\n" + "\n".join(lines) + "\n"
+                "repair or remove them, or leave them out with dataset.on_bad_sample=skip"
+            )
+        if lines:
+            log.warning("left out %d unreadable samples:\n%s", len(lines), "\n".join(lines))
+            dataset.drop({split: [int(k) for k in bad[split]] for split in SPLITS})
+
+    def labels(self, split: Split) -> Tensor:
+        """All labels of a split."""
+        return self.dataset.labels(split)
+
+    @cached_property
+    def labelled_rows(self) -> Tensor:
+        """The labelled share of the training rows."""
+        return labelled_share(self.labels("train"), self.config.labelled_share, self.config.seed)
+
+    # Stages.
+
+    def features(self) -> FeatureCache:
+        """Pooled features of all splits by frozen encoders, with cached views of train and val."""
+        settings = self.config.features
+        views = {"image": ImageViews(settings.image_strength), "text": TextViews(settings.text_strength)}
+        unlabelled = LabelFree(self.dataset)
+        encoder_settings = self.config.encoder_pretrain
+        prepared = prepare_encoders(
+            self.backbone,
+            unlabelled,
+            views,
+            encoder_settings,
+            lambda info: self.objective(encoder_settings.objective, info),
+            settings.view_seed,
+            self.root,
+            self.runtime,
+        )
+        result = stage(
+            self.root,
+            "features",
+            self.dataset.name,
+            VERSIONS["features"],
+            {**settings.model_dump(), "length": self.space.length},
+            {"data": self.dataset.fingerprint(), "backbone": self.backbone.fingerprint(), **prepared},
+            lambda folder: compute_features(
+                unlabelled,
+                self.backbone,
+                views,
+                settings.num_views,
+                settings.view_seed,
+                self.space.length,
+                folder,
+                progress=self._counted,
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+                barrier=distributed.barrier,
+            ),
+        )
+        self.results["features"] = result
+        return FeatureCache(result.folder)
+
+    @cached_property
+    def cache(self) -> FeatureCache:
+        """The features; computed at first use."""
+        return self.features()
+
+    def source(
+        self,
+        split: Split,
+        rows: Tensor | None = None,
+        labelled: bool = False,
+        names: tuple[str, ...] | None = None,
+        views: FeatureViews | None = None,
+    ) -> FeatureSource:
+        """Samples of a split: features of these names, with or without labels."""
+        drawn = views or FeatureViews()
+        return FeatureSource(
+            self.cache,
+            split,
+            rows,
+            self.labels(split) if labelled else None,
+            names,
+            DrawnFeatureViews(drawn.dropout, drawn.noise, drawn.drop_modality),
+            device=self.runtime.device,
+        )
+
+    def search(self) -> StageResult:
+        """The genotype, by the strategy; `genotype.json`, `margins.json` and the trace lie in its folder."""
+        config, settings = self.config, self.config.search
+        needs = self.objective_needs(config.objective)
+        strategy_settings = getattr(self.strategy, "settings", lambda: config.strategy)()
+        read: dict[str, Any] = {"space": config.search_space, "strategy": strategy_settings}
+        inputs = {"features": digest({k: [*v.shape, v.modality] for k, v in self.cache.infos.items()})}
+        if self.strategy.needs_data:
+            read |= {"search": settings.model_dump(), "objective": config.objective, "seed": config.seed}
+            read |= self.numerics
+            inputs = {"features": self.results["features"].key}
+            if needs.labels:
+                read["labelled_share"] = config.labelled_share
+                inputs["labels"] = self.dataset.label_fingerprint()
+
+        def compute(folder: Path) -> None:
+            if needs.labels and self.strategy.needs_data:
+                first, second = halves(self.labels("train"), self.labelled_rows, config.seed)
+                weights = self.source("train", first.sort().values, labelled=True)
+                architecture = self.source("train", second.sort().values, labelled=True)
+            else:
+                weights = self.source("train", views=settings.views)
+                architecture = self.source("val", views=settings.views)
+            found = self.strategy.search(
+                Problem(
+                    self.space,
+                    self.cache.infos,
+                    lambda info: self.objective(config.objective, info),
+                    needs,
+                    weights,
+                    architecture,
+                    draw_pairs if needs.views == 2 else draw_clean,
+                    settings,
+                    config.seed,
+                    self.runtime,
+                ),
+                folder,
+            )
+            if distributed.rank() == 0:
+                write_json(folder / "genotype.json", found.genotype.to_json())
+                write_json(folder / "margins.json", found.margins)
+                write_json(folder / "selection.json", found.selection)
+                write_json(folder / "trace.json", found.trace)
+                write_history(folder, found.history)
+
+        slug = f"{config.dataset['_target_'].rsplit('.', 1)[-1]}_{self.strategy.name}_{config.seed}"
+        result = stage(self.root, "search", slug, VERSIONS["search"], read, inputs, compute)
+        self._replay("search", result)
+        self.results["search"] = result
+        return result
+
+    def genotype(self) -> Any:
+        """The genotype that the search found."""
+        return self.space.parse(json.loads((self.search().folder / "genotype.json").read_text()), self.cache.infos)
+
+    def pretrain(self, genotype: Any, name: str) -> StageResult | None:
+        """Contrastive, label-free pretraining of a network; None where `pretrain.epochs` is 0."""
+        config, settings = self.config, self.config.pretrain
+        if settings.epochs == 0:
+            return None
+
+        def compute(folder: Path) -> None:
+            scored, address = self._network(genotype, settings.dropout, settings.objective, "pretrain")
+            names = self._feature_names(genotype)
+            train_source = self.source("train", names=names, views=settings.views)
+            val_source = self.source("val", names=names, views=settings.views)
+            trained = train(
+                scored.network,
+                scored.objective,
+                Batches(train_source, draw_pairs, settings.batch_size, (*address, "batches"), whole=True),
+                FixedBatches(val_source, draw_pairs, settings.batch_size, (*address, "val"), whole=True),
+                settings,
+                label=f"pretrain.{name}",
+                address=address,
+                runtime=self.runtime,
+                evaluations=settings.evaluations,
+                save_point=folder / "pretrain.ckpt",
+            )
+            if distributed.rank() == 0:
+                save_module(folder / "network.safetensors", trained.scored.network)
+                write_json(folder / "selection.json", trained.selection)
+                write_history(folder, trained.history)
+
+        read = {
+            "space": config.search_space,
+            "genotype": genotype.to_json(),
+            "pretrain": settings.model_dump(),
+            "seed": config.seed,
+            **self.numerics,
+        }
+        inputs = {"features": self.results["features"].key}
+        result = stage(
+            self.root, "pretrain", f"{name}_{config.seed}", VERSIONS["pretrain"], read, inputs, compute
+        )
+        self._replay(f"pretrain.{name}", result)
+        return result
+
+    def train(self, genotype: Any, name: str, pretrained: StageResult | None) -> StageResult:
+        """The classifier on the labelled share, from pretrained or fresh weights."""
+        config, settings = self.config, self.config.train
+
+        def compute(folder: Path) -> None:
+            scored, address = self._network(genotype, settings.dropout, settings.objective, "train")
+            if pretrained is not None:
+                scored.network.load_state_dict(load_file(pretrained.folder / "network.safetensors"))
+            names = self._feature_names(genotype)
+            source: Source = self.source("train", self.labelled_rows, True, names, settings.views)
+            held: Split | None = "val"
+            if settings.on == "train_val":
+                source, held = JoinedSource(source, self.source("val", None, True, names, settings.views)), None
+            if config.test.select == "best_test":
+                held = "test"
+            batches = Batches(
+                source, DrawMixed(settings.view_probability), settings.batch_size, (*address, "batches"), whole=False
+            )
+            evaluation = None
+            if held is not None:
+                held_source = self.source(held, None, True, names)
+                evaluation = FixedBatches(held_source, draw_clean, 1024, (*address, "val"), whole=False)
+            trained = train(
+                scored.network,
+                scored.objective,
+                batches,
+                evaluation,
+                settings,
+                label=f"train.{name}",
+                address=address,
+                runtime=self.runtime,
+                num_epochs=max(settings.epochs, -(-settings.min_steps // len(batches))),
+                evaluations=settings.evaluations,
+                save_point=folder / "train.ckpt",
+            )
+            if distributed.rank() == 0:
+                save_module(folder / "network.safetensors", trained.scored, self._statistics(names))
+                write_json(folder / "selection.json", trained.selection)
+                write_history(folder, trained.history)
+
+        read = {
+            "space": config.search_space,
+            "genotype": genotype.to_json(),
+            "train": settings.model_dump(),
+            "select": config.test.select,
+            "labelled_share": config.labelled_share,
+            "seed": config.seed,
+            **self.numerics,
+        }
+        inputs = {
+            "features": self.results["features"].key,
+            "labels": self.dataset.label_fingerprint(),
+            "pretrain": pretrained.key if pretrained else "from scratch",
+        }
+        result = stage(self.root, "train", f"{name}_{config.seed}", VERSIONS["train"], read, inputs, compute)
+        self._replay(f"train.{name}", result)
+        return result
+
+    def test(self, genotype: Any, name: str, trained: StageResult) -> StageResult:
+        """Metrics and logits of a trained classifier on val and test."""
+        config = self.config
+        objective_settings = config.train.objective
+
+        def compute(folder: Path) -> None:
+            scored, _ = self._network(genotype, config.train.dropout, objective_settings, "train")
+            state = load_file(trained.folder / "network.safetensors")
+            scored.load_state_dict({k: v for k, v in state.items() if not k.startswith("standardisation.")})
+            scored.to(self.runtime.device)
+            names = self._feature_names(genotype)
+            logits = {f"{split}.logits": predict(scored, self.source(split, None, True, names), 1024)
+                      for split in ("val", "test")}
+            if distributed.rank() == 0:
+                metrics = {split: self._scores(logits[f"{split}.logits"], split) for split in ("val", "test")}
+                save_file(logits, folder / "predictions.safetensors")
+                write_json(folder / "metrics.json", metrics)
+
+        inputs = {"train": trained.key, "labels": self.dataset.label_fingerprint()}
+        return stage(self.root, "test", f"{name}_{config.seed}", VERSIONS["test"], {}, inputs, compute)
+
+    # Networks through the stages.
+
+    def evaluate(self, genotype: Any, name: str) -> Found:
+        """Pretrain, train and test one architecture, as far as `stages` goes."""
+        stages: dict[str, StageResult] = {}
+        wanted = self.config.stages
+        pretrained = self.pretrain(genotype, name) if "pretrain" in wanted else None
+        if pretrained is not None:
+            stages["pretrain"] = pretrained
+        metrics: dict[str, dict[str, Any]] = {}
+        if "train" in wanted:
+            stages["train"] = self.train(genotype, name, pretrained)
+        if "test" in wanted:
+            stages["test"] = self.test(genotype, name, stages["train"])
+            metrics = json.loads((stages["test"].folder / "metrics.json").read_text())
+            log.info("%s: test f1_weighted %.4f", name, metrics["test"]["f1_weighted"])
+        return Found(genotype, stages, metrics)
+
+    def baselines(self) -> dict[str, dict[str, Any]]:
+        """Metrics of the configured baselines, by name and split."""
+        wanted = self.config.baselines
+        metrics: dict[str, dict[str, Any]] = {}
+        found: dict[str, Found] = {}
+        modalities = tuple(dict.fromkeys(info.modality for info in self.cache.infos.values()))
+        needed = [name for name in wanted if name not in ("late_fusion", "random_genotype")]
+        if "late_fusion" in wanted:
+            needed += [modality for modality in modalities if modality not in needed]
+        for name in needed:
+            found[name] = self.evaluate(self.space.fixed(name, self.cache.infos), name)
+            self.results |= {f"{stage_name}.{name}": r for stage_name, r in found[name].stages.items()}
+            if name in wanted:
+                metrics[name] = found[name].metrics
+        if "late_fusion" in wanted:
+            metrics["late_fusion"] = self._late_fusion([found[modality] for modality in modalities])
+        if "random_genotype" in wanted:
+            metrics["random_genotype"] = self._random_genotypes()
+        return metrics
+
+    def _late_fusion(self, unimodal: list[Found]) -> dict[str, Any]:
+        prior = self._prior()
+        stored = [load_file(found.stages["test"].folder / "predictions.safetensors") for found in unimodal]
+        return {
+            split: self._scores(
+                late_fusion([logits[f"{split}.logits"] for logits in stored], prior, self.dataset.task), split
+            )
+            for split in ("val", "test")
+        }
+
+    def _random_genotypes(self) -> dict[str, Any]:
+        draws = []
+        for k in range(self.config.random_draws):
+            genotype = self.space.sample(self.cache.infos, generator(self.config.seed, "random_genotype", k))
+            found = self.evaluate(genotype, f"random_{k}")
+            self.results |= {f"{stage_name}.random_{k}": r for stage_name, r in found.stages.items()}
+            draws.append({"genotype": genotype.to_json(), **found.metrics})
+        means = {
+            split: {
+                name: sum(draw[split][name] for draw in draws) / len(draws)
+                for name in draws[0][split]
+                if name != "per_class"
+            }
+            for split in ("val", "test")
+        }
+        return {**means, "draws": draws}
+
+    # Small things that several stages need.
+
+    @staticmethod
+    def objective_needs(node: Mapping[str, Any]) -> Needs:
+        """What an objective reads, from its class."""
+        from hydra.utils import get_class
+
+        return get_class(node["_target_"]).needs  # type: ignore[attr-defined]
+
+    def objective(self, node: Mapping[str, Any], info: OutputInfo) -> Objective:
+        """An objective with its head for a network's output."""
+        facts: dict[str, Any] = {"embedding": info.embedding}
+        if self.objective_needs(node).labels:
+            facts |= {"task": self.dataset.task, "classes": self.dataset.classes, "prior": self._prior()}
+        return build(dict(node), "objective", **facts)
+
+    def _network(
+        self, genotype: Any, dropout: float | None, objective: Mapping[str, Any], stage_name: str
+    ) -> tuple[Scored, tuple[int | str, ...]]:
+        """A found network with a head, freshly initialised by address (equal for equal shapes)."""
+        address = (self.config.seed, stage_name)
+        torch.manual_seed(seed_of(*address, "init"))
+        network = self.space.build(genotype, self.cache.infos, dropout)
+        return Scored(network, self.objective(objective, network.info)), address
+
+    def _counted(self, items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
+        """Pass items on, and say how many have been taken."""
+        for done, item in enumerate(items, 1):
+            yield item
+            self.runtime.progress(label, done, total)
+
+    def _prior(self) -> Tensor:
+        labels = self.labels("train")[self.labelled_rows]
+        return log_prior(labels, self.dataset.task, len(self.dataset.classes))
+
+    def _scores(self, logits: Tensor, split: Split) -> dict[str, Any]:
+        threshold = self.config.train.objective.get("threshold", 0.3)
+        return score(logits, self.labels(split), self.dataset.task, threshold, self.dataset.classes)
+
+    def _feature_names(self, genotype: Any) -> tuple[str, ...]:
+        features = genotype.features
+        return tuple(features() if callable(features) else features)
+
+    def _statistics(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        statistics = self.cache.statistics
+        return {
+            f"standardisation.{name}.{kind}": value
+            for name in names
+            for kind, value in zip(("mean", "std"), statistics[name], strict=True)
+        }
+
+    def _replay(self, label: str, result: StageResult) -> None:
+        """Hand a reused stage's metrics to the loggers, which have not seen them."""
+        if result.reused:
+            self.runtime.report(label, read_history(result.folder))
+
+
+def save_module(path: Path, module: torch.nn.Module, more: dict[str, Tensor] | None = None) -> None:
+    """Write a module's state, and more tensors beside it."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    save_file({**tensors, **(more or {})}, path)
+
+
+def write_history(folder: Path, history: list[Point]) -> None:
+    """Keep a fit's logged values with its stage."""
+    write_json(folder / "history.json", [list(point) for point in history])
+
+
+def read_history(folder: Path) -> list[Point]:
+    """What `write_history` wrote."""
+    path = folder / "history.json"
+    return [Point(*point) for point in json.loads(path.read_text())] if path.exists() else []
+
+

@@ -1,0 +1,229 @@
+"""One run: the stages of an experiment, its baselines, and the folder that it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmnas_lab import distributed, record
+from mmnas_lab.build import check_config
+from mmnas_lab.config import Config
+from mmnas_lab.dataset.base import SPLITS
+from mmnas_lab.experiment import Experiment, Found, read_history
+from mmnas_lab.report.progress import ProgressReport
+from mmnas_lab.stage import StageResult
+from mmnas_lab.training import Point, Runtime
+from mmnas_lab.types import InputError
+
+log = logging.getLogger(__name__)
+
+_LIBRARY_LOGS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "timm", "transformers", "httpx")
+
+
+def run(values: dict[str, Any], overrides: Sequence[str] = ()) -> Path:
+    """Run a composed configuration to the end of its stages.
+
+    Args:
+        values: the configuration as plain values.
+        overrides: what was given on the command line, for the record.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        InputError: bad settings or input; TrainingError: a loss that is not finite.
+    """
+    config = check_config(values)
+    prepare_process(config)
+    progress = ProgressReport(enabled=distributed.rank() == 0)
+    with progress:
+        experiment = Experiment(config, runtime(config, progress))
+        fingerprint = experiment.dataset.fingerprint()
+        folder = record.run_folder(config, fingerprint)
+        with_log = distributed.rank() == 0
+        if with_log:
+            folder.mkdir(parents=True, exist_ok=True)
+            record.write_config(folder, config)
+        handler = _log_file(folder / "log.txt") if with_log else None
+        try:
+            _stages(experiment, folder, overrides, progress)
+        finally:
+            if handler is not None:
+                logging.getLogger().removeHandler(handler)
+                handler.close()
+    return folder
+
+
+def prepare_process(config: Config) -> None:
+    """Threads, determinism, quiet libraries, and the process group where there are several ranks."""
+    import os
+    import warnings
+    from datetime import timedelta
+
+    for name in _LIBRARY_LOGS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    trainer = config.trainer
+    if trainer.accelerator == "gpu" and torch.cuda.device_count() < trainer.devices:
+        raise InputError(
+            f"trainer.accelerator=gpu with {trainer.devices} devices, but this machine shows "
+            f"{torch.cuda.device_count()}; use trainer=cpu, or fewer devices"
+        )
+    if trainer.threads is not None:
+        torch.set_num_threads(trainer.threads)
+    torch.use_deterministic_algorithms(trainer.deterministic, warn_only=True)
+    if trainer.devices > 1 and not torch.distributed.is_initialized():
+        backend = "nccl" if trainer.accelerator == "gpu" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=trainer.timeout_seconds))
+
+
+def runtime(config: Config, progress: ProgressReport) -> Runtime:
+    """The hardware of a run and who listens to its progress."""
+    trainer = config.trainer
+    return Runtime(
+        trainer.accelerator,
+        trainer.devices,
+        trainer.precision,
+        trainer.checkpoint_seconds,
+        trainer.timeout_seconds,
+        progress.report,
+        progress.step,
+    )
+
+
+def _log_file(path: Path) -> logging.Handler:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    return handler
+
+
+def _stages(experiment: Experiment, folder: Path, overrides: Sequence[str], progress: ProgressReport) -> None:
+    config = experiment.config
+    wanted = config.stages
+    log.info("%s, seed %d: %s", config.experiment, config.seed, ", ".join(wanted))
+    progress.listen(loggers(config, folder))
+    experiment.cache  # noqa: B018 - the stage `features`
+    found: Found | None = None
+    baselines: dict[str, Any] = {}
+    if {"search", "pretrain", "train", "test"} & set(wanted):
+        genotype = experiment.genotype()
+        found = experiment.evaluate(genotype, "found")
+        experiment.results |= found.stages
+        if "test" in wanted:
+            baselines = experiment.baselines()
+    if distributed.rank() == 0:
+        summary = assemble(experiment, found, baselines, overrides)
+        leave(experiment, found, folder, summary)
+        progress.finish(folder, summary)
+    distributed.barrier()
+
+
+def loggers(config: Config, folder: Path) -> list[Any]:
+    """The listeners besides the CSV file, on rank 0."""
+    if distributed.rank() != 0:
+        return []
+    if config.logger.name == "wandb":
+        from mmnas_lab.report.wandb_run import WandbRun
+
+        name = f"{config.experiment}_{folder.parent.name}_seed_{config.seed}"
+        mode = config.logger.mode
+        return [
+            WandbRun(folder, config.logger.project, name, config.model_dump(), mode, config.experiment, [config.scale])
+        ]
+    if config.logger.name == "tensorboard":
+        from mmnas_lab.report.tensorboard_run import TensorBoardRun
+
+        return [TensorBoardRun(folder / "tensorboard")]
+    return []
+
+
+def assemble(
+    experiment: Experiment, found: Found | None, baselines: dict[str, Any], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """The record: results first, then what they rest on; all but timing and environment is reproducible."""
+    config, results = experiment.config, experiment.results
+    search = results.get("search")
+    needs = experiment.objective_needs(config.objective)
+    label_free_search = not (experiment.strategy.needs_data and needs.labels)
+    selection = {
+        name: json.loads((result.folder / "selection.json").read_text())
+        for name, result in (("search", search), *(found.stages.items() if found else ()))
+        if result is not None and (result.folder / "selection.json").exists()
+    }
+    parameters: dict[str, Any] = {}
+    if found is not None:
+        network = experiment.space.build(found.genotype, experiment.cache.infos)
+        parameters = {"network": sum(p.numel() for p in network.parameters())}
+        if "train" in found.stages:
+            parameters["head"] = network.info.embedding * len(experiment.dataset.classes) + len(
+                experiment.dataset.classes
+            )
+    data: dict[str, Any] = {
+        "name": experiment.dataset.name,
+        "fingerprint": experiment.dataset.fingerprint(),
+        "counts": {split: len(experiment.dataset.ids(split)) for split in SPLITS},
+    }
+    if found is not None and "train" in found.stages:
+        data["labelled"] = len(experiment.labelled_rows)
+        data["labels"] = experiment.dataset.label_fingerprint()
+    return {
+        "experiment": config.experiment,
+        "overrides": list(overrides),
+        "seed": config.seed,
+        "label_free": experiment.backbone.label_free and label_free_search,
+        "genotype": found.genotype.to_json() if found else None,
+        "margins": json.loads((search.folder / "margins.json").read_text()) if search else {},
+        "metrics": found.metrics if found else {},
+        "baselines": baselines,
+        "selection": selection,
+        "parameters": parameters,
+        "flops": flops(experiment, found) if found else None,
+        "data": data,
+        "stages": {name: result.key for name, result in sorted(results.items())},
+        "timing": record.timing(results),
+        "environment": record.environment(record.command_line()),
+    }
+
+
+def flops(experiment: Experiment, found: Found) -> int:
+    """Floating-point operations of one sample through the found network, backbones excluded."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = experiment.space.build(found.genotype, experiment.cache.infos).eval()
+    inputs = {name: torch.zeros(1, *info.shape) for name, info in experiment.cache.infos.items()}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(inputs)
+    return counter.get_total_flops()
+
+
+def leave(experiment: Experiment, found: Found | None, folder: Path, summary: dict[str, Any]) -> None:
+    """Write the run's folder: genotype, drawings, metrics, curves, network, and the record last."""
+    from mmnas_lab.report.curves import draw_curves
+    from mmnas_lab.report.fusion_drawing import draw_fusion
+
+    histories: dict[str, list[Point]] = {}
+    for name, result in experiment.results.items():
+        points = read_history(result.folder)
+        if points:
+            label = name if name.count(".") else (name if name == "search" else f"{name}.found")
+            histories[label] = points
+    record.write_metrics_csv(folder / "metrics.csv", histories)
+    search: StageResult | None = experiment.results.get("search")
+    if search is not None:
+        record.copy(search.folder / "genotype.json", folder / "genotype.json")
+        for suffix in ("svg", "png"):
+            draw_fusion(summary["genotype"], summary["margins"], folder / f"genotype.{suffix}")
+    if histories:
+        trace = search.folder / "trace.json" if search is not None else None
+        draw_curves(folder / "metrics.csv", trace, folder / "curves.png")
+    if found is not None and "train" in found.stages:
+        record.copy(found.stages["train"].folder / "network.safetensors", folder / "network.safetensors")
+    record.write_record(folder, summary)
