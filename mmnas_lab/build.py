@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import importlib.util
 import inspect
 import typing
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mmnas_lab.config import Config, Node
 from mmnas_lab.types import InputError
+
+GROUPS = ("dataset", "backbone", "search_space", "objective", "strategy")
+OBJECTIVES = ("encoder_pretrain", "pretrain", "train")
+"""Stages with an objective of their own."""
 
 
 def near(name: str, valid: Iterable[str]) -> str:
@@ -27,20 +34,66 @@ def check_config(values: Mapping[str, Any]) -> Config:
     Raises:
         InputError: an unknown key, a wrong type or an impossible value anywhere, with the nearest valid ones.
     """
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        raise InputError("\n".join(_explain(problem, values) for problem in error.errors())) from None
+    config = _validated(values)
     if not 0 < config.labelled_share <= 1:
         raise InputError(
-            f"labelled_share must be in (0, 1], got {config.labelled_share:g}: the classifier needs at least one "
-            "labelled sample; to run only the label-free stages set stages=[features,search,pretrain]"
+            f"labelled_share must be in (0, 1], got {config.labelled_share:g}: the classifier needs at least "
+            "one labelled sample; to run only the label-free stages set stages=[features,search,pretrain]"
         )
-    for group in ("dataset", "backbone", "search_space", "objective", "strategy"):
+    for group in GROUPS:
         check_node(getattr(config, group), group)
-    check_node(config.pretrain.objective, "pretrain.objective")
-    check_node(config.train.objective, "train.objective")
+    for name in OBJECTIVES:
+        check_node(getattr(config, name).objective, f"{name}.objective")
     return config
+
+
+def check_schema(values: Mapping[str, Any]) -> None:
+    """Refuse unknown keys and wrong types without importing any class: of a node, only names are compared.
+
+    Raises:
+        InputError: as `check_config`.
+    """
+    config = _validated(values)
+    nodes = {group: getattr(config, group) for group in GROUPS}
+    nodes |= {f"{name}.objective": getattr(config, name).objective for name in OBJECTIVES}
+    for path, node in nodes.items():
+        _check_names(node, path)
+
+
+def _check_names(node: Node, path: str) -> None:
+    names = parameter_names(node["_target_"]) if "_target_" in node else None
+    for name, value in node.items():
+        if isinstance(value, Mapping) and "_target_" in value:
+            _check_names(dict(value), f"{path}.{name}")
+        elif names is not None and name != "_target_" and name not in names:
+            raise InputError(f"unknown key '{path}.{name}'; {near(name, names)}")
+
+
+def parameter_names(target_name: str) -> list[str] | None:
+    """Names that a `_target_` takes, read from its source; None where it takes any, or is not found."""
+    module, _, name = target_name.rpartition(".")
+    try:
+        spec = importlib.util.find_spec(module)
+        assert spec is not None
+        tree = ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8"))
+    except (ImportError, ValueError, AssertionError, OSError, SyntaxError):
+        return None
+    for item in tree.body:
+        if isinstance(item, ast.ClassDef) and item.name == name:
+            for method in item.body:
+                if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                    arguments = method.args
+                    if arguments.kwarg is not None:
+                        return None
+                    return [argument.arg for argument in [*arguments.args[1:], *arguments.kwonlyargs]]
+    return None
+
+
+def _validated(values: Mapping[str, Any]) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(problem, values) for problem in error.errors())) from None
 
 
 def _explain(problem: Any, values: Mapping[str, Any]) -> str:
@@ -99,7 +152,9 @@ def target(node: Node, path: str) -> Any:
     from hydra.utils import get_object
 
     if "_target_" not in node:
-        raise InputError(f"{path} has no _target_; choose one with {path}=<name> ({path} is a group of conf/)")
+        raise InputError(
+            f"{path} has no _target_; choose one with {path}=<name> ({path} is a group of conf/)"
+        )
     try:
         return get_object(node["_target_"])
     except Exception as error:

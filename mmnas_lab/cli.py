@@ -16,8 +16,10 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from mmnas_lab.types import InputError, TrainingError
 
@@ -27,12 +29,30 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 log = logging.getLogger(__name__)
 
 
-class _State:
-    """What the job function and the exit need to tell each other."""
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: its folder, or the exit code and the first line of what was said."""
 
-    folders: list[Path] = []
-    failures: list[tuple[str, str, int]] = []  # overrides, first line of the message, exit code
+    overrides: str
+    code: int = DONE
+    folder: Path | None = None
+    message: str = ""
+
+
+class _State:
+    """What the job function, Hydra's launchers and the exit need to tell each other."""
+
+    outcomes: ClassVar[list[Outcome]] = []
+    multirun = False
     interrupted = False
+
+
+class _RanksFailed(Exception):
+    """A rank ended with this exit code, and has said why."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"its ranks ended with exit code {code}")
+        self.code = code
 
 
 def main() -> None:
@@ -47,69 +67,89 @@ def main() -> None:
     code = DONE
     try:
         _check_groups(arguments)
+        if {"-c", "--cfg"} & set(arguments) and not {"-m", "--multirun"} & set(arguments):
+            _check_keys(arguments)
         _hydra_main()
     except KeyboardInterrupt:
         code = INTERRUPTED
     except SystemExit as exit_:
         code = INTERRUPTED if _State.interrupted else (exit_.code if isinstance(exit_.code, int) else FAILED)
     except BaseException as error:
-        code = _explain(error)
+        code = _explain(error, arguments)
     if code == INTERRUPTED:
         _say("interrupted; the same command goes on from the last save point")
-    if code == DONE and _State.failures:
-        code = _State.failures[0][2]
-        if _is_multirun(arguments):
-            _say(f"{len(_State.failures)} of {len(_State.failures) + len(_State.folders)} jobs failed:")
-            for overrides, message, _ in _State.failures:
-                _say(f"  {overrides}: {message}")
+    failures = [outcome for outcome in _State.outcomes if outcome.code != DONE]
+    if code == DONE and failures:
+        code = failures[0].code
+        if _State.multirun:
+            _say(f"{len(failures)} of {len(_State.outcomes)} jobs failed:")
+            for outcome in failures:
+                _say(f"  {outcome.overrides}: {outcome.message}")
             code = FAILED
     sys.stderr.flush()
     if os.environ.get("RANK", "0") == "0":
-        for folder in _State.folders:
-            print(folder)
+        for outcome in _State.outcomes:
+            if outcome.folder is not None:
+                print(outcome.folder)
     sys.exit(code)
 
 
 def _hydra_main() -> None:
     import hydra
+    from hydra._internal.hydra import Hydra
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    def job(config: Any) -> None:
-        from hydra.core.hydra_config import HydraConfig
-
+    def job(config: Any) -> Outcome:
+        _log_to_console()  # a launcher may have started a process of its own
         overrides = list(HydraConfig.get().overrides.task)
         try:
             values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-            _State.folders.append(_run(values, overrides))
+            outcome = Outcome(" ".join(overrides), folder=_run(values, overrides))
         except (Exception, SystemExit) as error:  # kept from Hydra, which would print more around it
             if _State.interrupted:
                 raise KeyboardInterrupt from None
-            code = _explain(error)
-            if code != DONE:
-                first_line = (str(error) or repr(error)).splitlines()[0]
-                _State.failures.append((" ".join(overrides), first_line, code))
+            code = _explain(error, overrides)
+            message = (str(error) or repr(error)).strip().splitlines()[0]
+            outcome = Outcome(" ".join(overrides), code or FAILED, message=message)
+        _State.outcomes.append(outcome)
+        return outcome
 
-    job()
+    multirun = Hydra.multirun
+
+    def with_outcomes(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """A multirun whose jobs' outcomes come back, from other processes too."""
+        _State.multirun = True
+        batches = multirun(self, *args, **kwargs)
+        _State.outcomes = [done.return_value for batch in batches for done in batch]
+        return batches
+
+    Hydra.multirun = with_outcomes  # type: ignore[method-assign]
+    try:
+        job()
+    finally:
+        Hydra.multirun = multirun  # type: ignore[method-assign]
 
 
-def _run(values: dict[str, Any], overrides: list[str]) -> Path:
+def _run(values: dict[str, Any], overrides: list[str]) -> Path | None:
     """One job: here, or on several ranks."""
     from mmnas_lab.build import check_config
 
     config = check_config(values)
     if config.trainer.devices > 1 and "LOCAL_RANK" not in os.environ:
-        sys.exit(_start_ranks(config.trainer.devices))
+        return _run_on_ranks(config.trainer.devices, overrides)
     from mmnas_lab.runner import run
 
     return run(values, overrides)
 
 
-def _start_ranks(count: int) -> int:
-    """Start this very command once for each device; the first failure ends all. Gives the exit code."""
+def _run_on_ranks(count: int, overrides: list[str]) -> Path | None:
+    """Start one process of this job for each device; the first failure ends all. Gives the run's folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    command = [sys.executable, sys.argv[0], *_config_dir(sys.argv[1:]), *overrides, "hydra.mode=RUN"]
     ranks = []
     for rank in range(count):
         environment = {
@@ -120,15 +160,20 @@ def _start_ranks(count: int) -> int:
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
         }
-        ranks.append(subprocess.Popen([sys.executable, *sys.argv], env=environment))
+        stdout = subprocess.PIPE if rank == 0 else subprocess.DEVNULL  # one line, the folder
+        ranks.append(subprocess.Popen(command, env=environment, stdout=stdout, text=True))
     try:
-        while all(process.poll() is None for process in ranks) or any(process.poll() is None for process in ranks):
-            failed = [process.returncode for process in ranks if process.returncode not in (None, 0)]
-            if failed:
+        while any(process.poll() is None for process in ranks):
+            if any(process.poll() for process in ranks):
                 time.sleep(1.0)  # let the rank that knows the reason say it
-                return failed[0] if failed[0] > 0 else FAILED
+                break
             time.sleep(0.1)
-        return max(abs(process.returncode) for process in ranks)
+        failed = [process.returncode for process in ranks if process.returncode]
+        if failed:
+            raise _RanksFailed(next((code for code in failed if code > 0), FAILED))
+        assert ranks[0].stdout is not None
+        lines = ranks[0].stdout.read().splitlines()
+        return Path(lines[-1]) if lines else None
     finally:
         for process in ranks:
             if process.poll() is None:
@@ -141,10 +186,10 @@ def _start_ranks(count: int) -> int:
 
 
 def _check_groups(arguments: list[str]) -> None:
-    """Name the nearest valid option of a group, or group, before Hydra composes anything."""
+    """Name the nearest valid option of a group before Hydra composes anything."""
     from mmnas_lab.build import near
 
-    groups = group_options()
+    groups = group_options(arguments)
     for argument in arguments:
         match = re.fullmatch(r"\+{0,2}([\w/]+)=([\w,\- ]+)", argument)
         if match is None or argument.startswith("-"):
@@ -153,16 +198,51 @@ def _check_groups(arguments: list[str]) -> None:
         if group in groups:
             for option in options.split(","):
                 if option.strip() and option.strip() not in groups[group]:
-                    raise InputError(f"{group}={option.strip()}: no such option; {near(option.strip(), groups[group])}")
+                    raise InputError(
+                        f"{group}={option.strip()}: no such option; {near(option.strip(), groups[group])}"
+                    )
 
 
-def group_options() -> dict[str, list[str]]:
-    """Options of every group of conf/; those with a leading underscore are shared parts."""
-    return {
-        folder.name: sorted(path.stem for path in folder.glob("*.yaml") if not path.stem.startswith("_"))
-        for folder in sorted(CONF.iterdir())
-        if folder.is_dir() and folder.name != "hydra"
-    }
+def _check_keys(arguments: list[str]) -> None:
+    """Refuse unknown keys before `--cfg` prints the configuration; types within nodes wait for the run."""
+    from mmnas_lab.build import check_schema
+
+    check_schema(
+        _compose([a for a in arguments if "=" in a and not a.startswith("-")], _config_dir(arguments))
+    )
+
+
+def _compose(overrides: list[str], config_dir: list[str]) -> dict[str, Any]:
+    """The configuration as plain values, with `???` where something is not set."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    GlobalHydra.instance().clear()
+    more = [f"hydra.searchpath=[{Path(config_dir[1]).resolve()}]"] if config_dir else []
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        values: Any = OmegaConf.to_container(compose("config", [*overrides, *more]), resolve=True)
+    return values
+
+
+def _config_dir(arguments: list[str]) -> list[str]:
+    """The option that names a folder of further configurations, if it is there."""
+    for k, argument in enumerate(arguments):
+        if argument in ("--config-dir", "-cd"):
+            return ["--config-dir", *arguments[k + 1 : k + 2]]
+        if argument.startswith("--config-dir="):
+            return ["--config-dir", argument.partition("=")[2]]
+    return []
+
+
+def group_options(arguments: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Options of every group of conf/ and of `--config-dir`; a leading underscore marks a shared part."""
+    options: dict[str, list[str]] = {}
+    for root in [CONF, *map(Path, _config_dir(list(arguments))[1:])]:
+        for folder in sorted(path for path in root.glob("*") if path.is_dir() and path.name != "hydra"):
+            names = [path.stem for path in folder.glob("*.yaml") if not path.stem.startswith("_")]
+            options[folder.name] = sorted({*options.get(folder.name, []), *names})
+    return options
 
 
 def help_text() -> str:
@@ -189,7 +269,7 @@ def help_text() -> str:
         "  seed=1                         another seed; -m seed=0,1,2 runs three",
         "  labelled_share=0.1             share of the training labels that the classifier sees",
         "  stages=[features,search]       a part of the chain features, search, pretrain, train, test",
-        "  baselines=[]                   none; default text, image, two_stream, late_fusion, random_genotype",
+        "  baselines=[]                   none; or some of text, image, two_stream, late_fusion, random_genotype",
         "  dataset.path=<folder>          where the data lies",
         "  trainer=ddp trainer.devices=2  two processes",
         "  output=<folder>                instead of outputs",
@@ -208,23 +288,33 @@ def _first_comment(path: Path) -> str:
     return ""
 
 
-def _explain(error: BaseException) -> int:
+def _explain(error: BaseException, arguments: list[str]) -> int:
     """Say what went wrong in one message; gives the exit code."""
     from hydra.errors import HydraException, InstantiationException
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-    if isinstance(error, InputError):
+    if isinstance(error, _RanksFailed):
+        return error.code
+    if isinstance(error, (InputError, TrainingError)):
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3.0)  # rank 0 mostly says the same, and then this rank is ended before it speaks
         _say(f"error: {error}")
+        return BAD_INPUT if isinstance(error, InputError) else FAILED
+    if isinstance(error, MissingMandatoryValue):
+        key = str(error).split("\n")[0].rpartition(" ")[2]
+        _say(f"error: '{key}' is not set; give {key}=<value>")
         return BAD_INPUT
-    if isinstance(error, TrainingError):
-        _say(f"error: {error}")
-        return FAILED
-    if isinstance(error, (HydraException, OmegaConfBaseException)) and not isinstance(error, InstantiationException):
-        _say(f"error: {_composition_message(error)}")
+    if isinstance(error, (HydraException, OmegaConfBaseException)) and not isinstance(
+        error, InstantiationException
+    ):
+        _say(f"error: {_composition_message(error, arguments)}")
         return BAD_INPUT
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        _say(f"error: no space left on the disk{f' for {error.filename}' if error.filename else ''}; free some, or "
-             "set output=<folder on another disk>; finished stages are kept and the same command goes on")
+    full = _full_disk(error)
+    if full is not None:
+        _say(
+            f"error: no space left on the disk{full}; free some, or set output=<folder on another disk>; "
+            "finished stages are kept and the same command goes on"
+        )
         return FAILED
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else FAILED
@@ -232,50 +322,49 @@ def _explain(error: BaseException) -> int:
     return FAILED
 
 
-def _composition_message(error: BaseException) -> str:
+def _full_disk(error: BaseException | None) -> str | None:
+    """` for '<file>'` where the error, or what caused it, is a full disk; libraries wrap it differently."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return f" for '{error.filename}'" if error.filename else ""
+        if os.strerror(errno.ENOSPC) in str(error):
+            return ""
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _composition_message(error: BaseException, arguments: list[str]) -> str:
     """Hydra's message about a key, with the nearest valid keys in place of its advice to add a `+`."""
-    from mmnas_lab.build import near
+    from mmnas_lab.build import near, parameter_names
 
     text = str(error)
     cause = f"{text}\n{error.__cause__ or ''}"
     match = re.search(r"Could not override '([^']+)'", cause)
-    if match:
-        path = match.group(1)
-        keys = _known_keys()
-        parent = path.rpartition(".")[0]
-        siblings = [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == parent] or keys
-        return f"unknown key '{path}'; {near(path.rpartition('.')[2] if parent or siblings is not keys else path, siblings)}"
-    match = re.search(r"Could not override '?([\w/]+)'?\. No match in the defaults list", cause)
-    if match:
-        return f"unknown group '{match.group(1)}'; {near(match.group(1), [*group_options(), *_known_keys()])}"
-    lines = [line for line in text.splitlines() if line.strip() and "full_key" not in line and "object_type" not in line]
-    return "\n".join(lines)
-
-
-def _known_keys() -> list[str]:
-    """Dotted keys of the composed configuration without overrides."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        values = OmegaConf.to_container(compose("config"), resolve=False)
-
-    def walk(node: Any, prefix: str) -> list[str]:
-        if not isinstance(node, dict):
-            return []
-        here = [f"{prefix}{key}" for key in node]
-        return here + [deeper for key, value in node.items() for deeper in walk(value, f"{prefix}{key}.")]
-
-    return walk(values, "")
-
-
-def _is_multirun(arguments: list[str]) -> bool:
-    return bool({"-m", "--multirun"} & set(arguments))
+    if match is None:
+        lines = [line for line in text.splitlines() if line.strip() and "full_key" not in line]
+        return "\n".join(
+            line for line in lines if "object_type" not in line and "HYDRA_FULL_ERROR" not in line
+        )
+    path = match.group(1)
+    groups = group_options(arguments)
+    if "." not in path and "No match in the defaults list" in cause:
+        return f"unknown group '{path}'; {near(path, groups)}"
+    choices = [a for a in arguments if a.partition("=")[0].lstrip("+") in groups and "," not in a]
+    node: Any = _compose(choices, _config_dir(arguments))
+    *parents, key = path.split(".")
+    for depth, parent in enumerate(parents):
+        if not isinstance(node.get(parent), dict):
+            unknown = ".".join(parents[: depth + 1])
+            return f"unknown key '{unknown}'; {near(parent, node)}"
+        node = node[parent]
+    names = parameter_names(node["_target_"]) if "_target_" in node else None
+    if names is not None and key in names:
+        return f"'{path}' is left at its default by the configuration; set it with +{path}=<value>"
+    return f"unknown key '{path}'; {near(key, {*node, *(names or [])} - {'_target_'})}"
 
 
 def _log_to_console() -> None:
+    """Log to stderr, on rank 0 only; does nothing the second time."""
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(level)

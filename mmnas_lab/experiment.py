@@ -70,6 +70,7 @@ class Experiment:
         self.config, self.runtime = config, runtime
         self.root = Path(config.output) / "stages"
         self.results: dict[str, StageResult] = {}
+        self._labels: dict[Split, Tensor] = {}
         self.dataset: Dataset = build(config.dataset, "dataset")
         self.backbone: Backbone = build(config.backbone, "backbone")
         self.space: Any = build(config.search_space, "search_space")
@@ -125,8 +126,10 @@ class Experiment:
             dataset.drop({split: [int(k) for k in bad[split]] for split in SPLITS})
 
     def labels(self, split: Split) -> Tensor:
-        """All labels of a split."""
-        return self.dataset.labels(split)
+        """All labels of a split, read once."""
+        if split not in self._labels:
+            self._labels[split] = self.dataset.labels(split)
+        return self._labels[split]
 
     @cached_property
     def labelled_rows(self) -> Tensor:

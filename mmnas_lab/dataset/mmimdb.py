@@ -86,19 +86,26 @@ class MMIMDB:
         path: the folder.
         text: "plot", or "plot_and_overview": the plot followed by the parquet column `overview` where that
             adds to it.
+        on_bad_sample: what becomes of movies with a corrupt poster or an empty plot: "stop" lists them all,
+            "skip" leaves them out.
 
     Raises:
-        InputError: an unknown `text`.
+        InputError: an unknown `text` or `on_bad_sample`.
     """
 
     name = "mmimdb"
     task: Task = "multilabel"
 
-    def __init__(self, path: str, text: TextColumns = "plot") -> None:
+    def __init__(
+        self, path: str, text: TextColumns = "plot", on_bad_sample: Literal["stop", "skip"] = "stop"
+    ) -> None:
         if text not in ("plot", "plot_and_overview"):
             raise InputError(f"MMIMDB needs dataset.text to be 'plot' or 'plot_and_overview', got '{text}'")
+        if on_bad_sample not in ("stop", "skip"):
+            raise InputError(f"MMIMDB needs dataset.on_bad_sample to be 'stop' or 'skip', got '{on_bad_sample}'")
         self.path = Path(path)
         self.text = text
+        self.on_bad_sample = on_bad_sample
         self.modalities = {"image": "image", "text": "text"}
         self._source: Source | None = None
         self._movies: dict[Split, list[Movie]] = {}

@@ -1,0 +1,142 @@
+"""Train every single-cell fusion genotype of a dataset, and see where searches land in that table.
+
+    python scripts/fusion_table.py dataset.path=<movie_posters>          (or `make fusion-table`)
+
+One row of `results/fusion_table.jsonl` for each (genotype, seed): all ordered pairs of features times the
+operations (N = 1, M = 1) with one seed, then the best ones on val and every searched genotype with five fresh
+seeds. Searches (objective x views x pairing x seed) are rows of `results/fusion_table_searches.jsonl`. Both files
+are appended to; what is in them is not computed again. `--report` writes the tables from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from mmnas_lab.study import append, compose, open_experiment, read_rows, row_environment
+
+log = logging.getLogger("fusion_table")
+
+BASE = [
+    "experiment=ssl_nas_mmimdb",
+    "scale=cpu",
+    "search_space.num_cells=1",
+    "labelled_share=0.3",
+    "pretrain.epochs=0",
+    "baselines=[]",
+]
+FRESH_SEEDS = (1, 2, 3, 4, 5)
+TOP = 20
+SEARCHES = {
+    "supervised": ["objective=supervised", "search.views.drop_modality=0", "search.views.dropout=0"],
+    "nt_xent, plain views": ["objective=nt_xent", "search.views.drop_modality=0"],
+    "nt_xent, modality-dropping views": ["objective=nt_xent", "search.views.drop_modality=0.33"],
+}
+
+
+def name_of(genotype: dict[str, Any]) -> str:
+    """A single-cell genotype as text."""
+    (cell,) = genotype["cells"]
+    x, y = cell["inputs"]
+    return f"({x}, {y}, {cell['steps'][0]['op']})"
+
+
+class Table:
+    """The rows of the study, on disk and by key."""
+
+    def __init__(self, folder: Path, overrides: list[str], shard: tuple[int, int]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rows_file = folder / "fusion_table.jsonl"
+        self.searches_file = folder / "fusion_table_searches.jsonl"
+        self.overrides, self.shard = overrides, shard
+
+    def mine(self, number: int) -> bool:
+        """Whether this process computes the item of that number."""
+        return number % self.shard[1] == self.shard[0]
+
+    def train(self, genotypes: list[dict[str, Any]], seeds: tuple[int, ...]) -> None:
+        """Train each genotype with each seed, unless its row is there."""
+        for seed in seeds:
+            have = {(row["genotype"], row["seed"]) for row in read_rows(self.rows_file)}
+            todo = [g for k, g in enumerate(genotypes) if (name_of(g), seed) not in have and self.mine(k)]
+            if not todo:
+                continue
+            experiment = open_experiment(compose([*BASE, f"seed={seed}", *self.overrides]))
+            started = time.monotonic()
+            for k, data in enumerate(todo):
+                genotype = experiment.space.parse(data, experiment.cache.infos)
+                found = experiment.evaluate(genotype, "table")
+                append(self.rows_file, {
+                    "genotype": name_of(data),
+                    "seed": seed,
+                    "val": found.metrics["val"]["f1_weighted"],
+                    "test": found.metrics["test"]["f1_weighted"],
+                    "seconds": round(found.stages["train"].seconds, 2),
+                    **row_environment(experiment),
+                })
+                left = (time.monotonic() - started) / (k + 1) * (len(todo) - k - 1)
+                log.info("seed %d: %d of %d, about %.0f s left", seed, k + 1, len(todo), left)
+
+    def search(self, seeds: tuple[int, ...]) -> None:
+        """Every search, unless its row is there."""
+        for number, (kind, pairing, seed) in enumerate(searches(seeds)):
+            have = {(row["search"], row["pairing"], row["seed"]) for row in read_rows(self.searches_file)}
+            if (kind, pairing, seed) in have or not self.mine(number):
+                continue
+            overrides = [*BASE, *SEARCHES[kind], f"search_space.pairing={pairing}", f"seed={seed}", *self.overrides]
+            experiment = open_experiment(compose(overrides))
+            genotype = experiment.genotype()
+            result = experiment.results["search"]
+            append(self.searches_file, {
+                "search": kind,
+                "pairing": pairing,
+                "seed": seed,
+                "genotype": name_of(genotype.to_json()),
+                "genotype_json": genotype.to_json(),
+                "margins": json.loads((result.folder / "margins.json").read_text()),
+                "seconds": round(result.seconds, 2),
+                **row_environment(experiment),
+            })
+            log.info("%s, %s, seed %d: %s", kind, pairing, seed, name_of(genotype.to_json()))
+
+
+def searches(seeds: tuple[int, ...]) -> Iterator[tuple[str, str, int]]:
+    """All searches of the study."""
+    return ((kind, pairing, seed) for kind in SEARCHES for pairing in ("shared", "distinct") for seed in seeds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides for every run, dataset.path=... above all")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the rows")
+    parser.add_argument("--shard", default="0/1", help="k/n: compute every n-th item, from the k-th on")
+    parser.add_argument("--phase", choices=["all", "grid", "search", "fresh"], default="all")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("mmnas_lab").setLevel(logging.WARNING)
+    index, count = (int(part) for part in arguments.shard.split("/"))
+    table = Table(arguments.out, arguments.overrides, (index, count))
+    experiment = open_experiment(compose([*BASE, *arguments.overrides]))
+    grid = [genotype.to_json() for genotype in experiment.space.all_single_cells(experiment.cache.infos)]
+    if arguments.phase in ("all", "search"):
+        table.search((0, 1, 2))
+    if arguments.phase in ("all", "grid"):
+        table.train(grid, (0,))
+    if arguments.phase in ("all", "fresh"):
+        val = {row["genotype"]: row["val"] for row in read_rows(table.rows_file) if row["seed"] == 0}
+        best = sorted(grid, key=lambda genotype: -val[name_of(genotype)])[:TOP]
+        found = {row["genotype"] for row in read_rows(table.searches_file)}
+        chosen = best + [genotype for genotype in grid if name_of(genotype) in found and genotype not in best]
+        table.train(chosen, FRESH_SEEDS)
+
+
+if __name__ == "__main__":
+    main()
