@@ -7,12 +7,20 @@ Section numbers of BM-NAS's supplement are not needed to read this: a feature (B
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmnas_lab.search_space.fusion.primitive_ops import BatchNorm, Dropout, LinearOp, StepOp, Sum, Zero
+from mmnas_lab.search_space.fusion.primitive_ops import (
+    BatchNorm,
+    Dropout,
+    LinearOp,
+    StepOp,
+    Zero,
+    stacked_batch_norm,
+)
 from mmnas_lab.types import InputError, InputInfo
 
 
@@ -45,8 +53,10 @@ class Reshape(nn.Module):
 class MixedStep(nn.Module):
     """All candidate operations of one step node, averaged by gamma (BM-NAS eq. 10).
 
-    The linear maps of its operations are one product with stacked weights; where both operands are the
-    same tensor, W_x z + W_y z = (W_x + W_y) z halves it.
+    The linear maps of its operations are one product with stacked weights, their BatchNorms one call; where
+    both operands are the same tensor, W_x z + W_y z = (W_x + W_y) z halves the product. gamma is folded into
+    affine parameters where an operation has them: g relu(z) = relu(g z), and a gated unit is linear in its
+    values.
     """
 
     def __init__(self, ops: dict[str, StepOp]) -> None:
@@ -56,30 +66,34 @@ class MixedStep(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor, gamma: Tensor) -> Tensor:
         """Mix the operations on (B, L, C) operands with weights gamma (K,)."""
-        linear_ops = [self.ops[name] for name in self.linear_names]
-        weight = torch.cat([op.joint_weight() for op in linear_ops])  # (sum of out, 2C)
-        bias = torch.cat([op.joint_bias() for op in linear_ops])
+        weights = dict(zip(self.ops, gamma.unbind(), strict=True))
+        products = self._products(first, second, weights)
+        terms = []
+        for name, op in self.ops.items():
+            if name in products:
+                terms.append(op.activate(products[name]))
+            elif not isinstance(op, Zero):
+                terms.append(op.weighted(first, second, weights[name]))
+        return reduce(torch.add, terms)
+
+    def _products(self, first: Tensor, second: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What each linear operation activates: its product, normalised and weighted."""
+        ops: list[LinearOp] = [self.ops[name] for name in self.linear_names]
+        weight = torch.cat([op.joint_weight() for op in ops])  # (sum of out, 2C)
+        bias = torch.cat([op.joint_bias() for op in ops])
+        scale = torch.cat([op.scale(weights[name]) for name, op in zip(self.linear_names, ops, strict=True)])
+        norms = [op.norm for op in ops if isinstance(op.norm, BatchNorm)]
+        if not norms:
+            weight, bias = weight * scale[:, None], bias * scale
+        left, right = weight.chunk(2, 1)
         if first is second:
-            left, right = weight.chunk(2, 1)
             product = F.linear(first, left + right, bias)
         else:
             product = F.linear(torch.cat([first, second], -1), weight, bias)
-        sizes = [op.joint_bias().shape[0] for op in linear_ops]
-        products = dict(zip(self.linear_names, product.split(sizes, -1), strict=True))
-
-        mixed: Tensor | None = None
-        for weight_f, (name, op) in zip(gamma, self.ops.items(), strict=True):
-            if isinstance(op, Zero):
-                continue
-            if isinstance(op, Sum) and first is second:
-                term = (2 * weight_f) * first
-            elif name in products:
-                term = weight_f * op.activate(products[name])
-            else:
-                term = weight_f * op(first, second)
-            mixed = term if mixed is None else mixed + term
-        assert mixed is not None
-        return mixed
+        if norms:
+            product = stacked_batch_norm(product, norms, scale)
+        sizes = [op.joint_bias().shape[0] for op in ops]
+        return dict(zip(self.linear_names, product.split(sizes, -1), strict=True))
 
 
 class OutConv(nn.Module):

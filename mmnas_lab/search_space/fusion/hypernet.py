@@ -96,9 +96,9 @@ class FusionHypernet(Hypernet):
         ])  # (n, B, L, C)
         feature_weights, cell_weights, step_operands = self.operands()
         gamma = torch.softmax(self.logits("gamma"), -1)  # (N, M, K)
-        mixtures = (feature_weights @ h.flatten(1)).view(-1, *h.shape[1:])  # (S, B, L, C)
+        mixtures = (feature_weights @ h.flatten(1)).view(-1, *h.shape[1:]).unbind()  # S of (B, L, C)
 
-        per_cell = mixtures.shape[0] // self.num_cells
+        per_cell = len(mixtures) // self.num_cells
         cells: list[Tensor] = []
         for i in range(self.num_cells):
             rows = range(i * per_cell, (i + 1) * per_cell)

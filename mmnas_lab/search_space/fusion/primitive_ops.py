@@ -7,7 +7,7 @@ Sources: BM-NAS (arXiv 2104.09379) eq. 4-8 for `paper`, the behaviour of its rel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -24,11 +24,51 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(x.flatten(0, -2)).view(x.shape)
 
 
+def stacked_batch_norm(x: Tensor, norms: Sequence[BatchNorm], scale: Tensor) -> Tensor:
+    """BatchNorms side by side on the channels of (B, L, sum of C) in one call, each channel times `scale`.
+
+    The scale goes into the affine, so it costs nothing; running statistics move as by separate calls.
+    """
+    first = norms[0]
+    mean = torch.cat([norm.running_mean for norm in norms])  # type: ignore[misc]
+    var = torch.cat([norm.running_var for norm in norms])  # type: ignore[misc]
+    weight = torch.cat([norm.weight for norm in norms]) * scale
+    bias = torch.cat([norm.bias for norm in norms]) * scale
+    rows = x.flatten(0, -2)
+    out = F.batch_norm(rows, mean, var, weight, bias, first.training, first.momentum or 0.0, first.eps)
+    if first.training:
+        start = 0
+        for norm in norms:
+            stop = start + norm.num_features
+            norm.running_mean.copy_(mean[start:stop])  # type: ignore[union-attr]
+            norm.running_var.copy_(var[start:stop])  # type: ignore[union-attr]
+            norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+            start = stop
+    return out.view(x.shape)
+
+
 class Dropout(nn.Dropout):
-    """Dropout that costs nothing at p = 0."""
+    """Dropout that costs nothing at p = 0, and on a CPU a fifth of torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.p > 0 and self.training else x
+        if self.p == 0 or not self.training:
+            return x
+        if x.device.type != "cpu" or not 2**-16 <= self.p < 1 - 2**-16:
+            return super().forward(x)
+        return x * keep_mask(x, self.p)
+
+
+def keep_mask(x: Tensor, p: float) -> Tensor:
+    """0 with probability p, else 1 / (1 - p), in x's shape.
+
+    One 64-bit draw decides four entries, so p is rounded to a multiple of 2^-16; the scale is that of the
+    rounded p. Integers are clamped to two neighbours, because torch compares them slowly.
+    """
+    dropped = round(p * 2**16)
+    low = dropped - 2**15 - 1  # the largest 16-bit number that drops
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = words.view(torch.int16)[: x.numel()].clamp_(low, low + 1).sub_(low)
+    return kept.to(x.dtype).mul_(2**16 / (2**16 - dropped)).view(x.shape)
 
 
 class StepOp(nn.Module):
@@ -37,13 +77,19 @@ class StepOp(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def weighted(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """The result times a () weight."""
+        return weight * self(x, y)
+
 
 class LinearOp(StepOp):
-    """An operation that begins with one linear map of both inputs.
+    """An operation that begins with one linear map of both inputs, perhaps normalised.
 
-    The hypernet computes the maps of all such operations of a step in one product, and needs them as
-    `joint_weight` and `joint_bias`; `activate` is what follows.
+    The hypernet computes the maps of all such operations of a step in one product, and their norms in one
+    call; `activate` is what follows.
     """
+
+    norm: nn.Module
 
     def joint_weight(self) -> Tensor:
         """(out, 2C): the first C columns read x, the last C read y."""
@@ -53,13 +99,17 @@ class LinearOp(StepOp):
         """(out,)."""
         raise NotImplementedError
 
+    def scale(self, weight: Tensor) -> Tensor:
+        """(out,) factors before `activate` that multiply the result by a () weight >= 0."""
+        raise NotImplementedError
+
     def activate(self, product: Tensor) -> Tensor:
-        """(B, L, out) -> (B, L, C)."""
+        """The normalised (B, L, out) to (B, L, C)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         product = F.linear(torch.cat([x, y], -1), self.joint_weight(), self.joint_bias())
-        return self.activate(product)
+        return self.activate(self.norm(product))
 
 
 class Zero(StepOp):
@@ -75,6 +125,9 @@ class Sum(StepOp):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return 2 * x if x is y else x + y
 
+    def weighted(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        return (2 * weight) * x if x is y else weight * (x + y)
+
 
 class Attention(StepOp):
     """softmax(x y^T / sqrt(C)) y: x asks, y is key and value (eq. 6), no projections, one head.
@@ -84,13 +137,23 @@ class Attention(StepOp):
 
     def __init__(self, channels: int, length: int, dropout: float, norm: bool) -> None:
         super().__init__()
-        self.scale = 1 / math.sqrt(channels)
+        self.root = math.sqrt(channels)
         self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm((length, channels)) if norm else nn.Identity()
 
+    def attend(self, x: Tensor, y: Tensor) -> Tensor:
+        """(B, L, L) weights of the positions of y."""
+        return torch.softmax(torch.bmm(x, y.transpose(1, 2)) / self.root, -1)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        weights = torch.softmax(torch.bmm(x, y.transpose(1, 2)) * self.scale, -1)  # (B, L, L)
-        return self.norm(self.dropout(torch.bmm(weights, y)))
+        return self.norm(self.dropout(torch.bmm(self.attend(x, y), y)))
+
+    def weighted(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        norm = self.norm
+        if isinstance(norm, nn.LayerNorm):  # the weight goes into the affine
+            attended = self.dropout(torch.bmm(self.attend(x, y), y))
+            return F.layer_norm(attended, norm.normalized_shape, weight * norm.weight, weight * norm.bias, norm.eps)
+        return self.dropout(torch.bmm(weight * self.attend(x, y), y))
 
 
 class LinearGLU(LinearOp):
@@ -108,8 +171,11 @@ class LinearGLU(LinearOp):
     def joint_bias(self) -> Tensor:
         return self.linear.bias
 
+    def scale(self, weight: Tensor) -> Tensor:
+        return value_scale(weight, self.linear.out_features // 2)
+
     def activate(self, product: Tensor) -> Tensor:
-        return self.dropout(F.glu(self.norm(product), -1))
+        return self.dropout(F.glu(product, -1))
 
 
 class PaperLinearGLU(LinearOp):
@@ -119,6 +185,7 @@ class PaperLinearGLU(LinearOp):
         super().__init__()
         self.value = nn.Linear(channels, channels, bias=False)
         self.gate = nn.Linear(channels, channels, bias=False)
+        self.norm = nn.Identity()
 
     def joint_weight(self) -> Tensor:
         return torch.block_diag(self.value.weight, self.gate.weight)
@@ -126,11 +193,19 @@ class PaperLinearGLU(LinearOp):
     def joint_bias(self) -> Tensor:
         return self.value.weight.new_zeros(2 * self.value.out_features)
 
+    def scale(self, weight: Tensor) -> Tensor:
+        return value_scale(weight, self.value.out_features)
+
     def activate(self, product: Tensor) -> Tensor:
         return F.glu(product, -1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.value(x) * torch.sigmoid(self.gate(y))
+
+
+def value_scale(weight: Tensor, channels: int) -> Tensor:
+    """(2C,) the weight for the values of a gated linear unit, 1 for its gates."""
+    return torch.cat([weight.expand(channels), weight.new_ones(channels)])
 
 
 class ConcatFC(LinearOp):
@@ -148,8 +223,11 @@ class ConcatFC(LinearOp):
     def joint_bias(self) -> Tensor:
         return self.linear.bias
 
+    def scale(self, weight: Tensor) -> Tensor:
+        return weight.expand(self.linear.out_features)
+
     def activate(self, product: Tensor) -> Tensor:
-        return self.dropout(torch.relu(self.norm(product)))
+        return self.dropout(torch.relu(product))
 
 
 def step_ops(
