@@ -269,7 +269,7 @@ def help_text() -> str:
         "  seed=1                         another seed; -m seed=0,1,2 runs three",
         "  labelled_share=0.1             share of the training labels that the classifier sees",
         "  stages=[features,search]       a part of the chain features, search, pretrain, train, test",
-        "  baselines=[]                   none; or some of text, image, two_stream, late_fusion, random_genotype",
+        "  baselines=[]                   none, or of text, image, two_stream, late_fusion, random_genotype",
         "  dataset.path=<folder>          where the data lies",
         "  trainer=ddp trainer.devices=2  two processes",
         "  output=<folder>                instead of outputs",
@@ -301,7 +301,7 @@ def _explain(error: BaseException, arguments: list[str]) -> int:
         _say(f"error: {error}")
         return BAD_INPUT if isinstance(error, InputError) else FAILED
     if isinstance(error, MissingMandatoryValue):
-        key = str(error).split("\n")[0].rpartition(" ")[2]
+        key = error.full_key
         _say(f"error: '{key}' is not set; give {key}=<value>")
         return BAD_INPUT
     if isinstance(error, (HydraException, OmegaConfBaseException)) and not isinstance(

@@ -69,10 +69,12 @@ class Features(Model):
 class Search(FitSettings):
     """The stage `search`.
 
-    The architecture optimizer moves alpha, beta and gamma; for `warmup_epochs` only the weights move.
+    The architecture optimizer moves alpha, beta and gamma; for `warmup_epochs` only the weights move. Epochs
+    are raised until there are `min_steps` weight steps, so that a search on a small share is not cut short.
     """
 
     arch_optimizer: Optimizer
+    min_steps: Amount = 0
     warmup_epochs: Amount = 0
     views: FeatureViews = FeatureViews()
 

@@ -1,12 +1,9 @@
-"""Encoders that must learn before they can encode: fitted ones (TF-IDF), and ones without weights.
-
-The latter are pretrained without labels by the contrast of two views of one modality (SimCLR).
-"""
+"""Encoders without weights: pretrained without labels, by the contrast of two views of one modality (SimCLR)."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +77,7 @@ def prepare_encoders(
     root: Path,
     runtime: Runtime,
 ) -> dict[str, str]:
-    """Fit or pretrain every encoder that needs it, or read what an earlier run learned.
+    """Pretrain every encoder that has no weights, or read what an earlier run learned.
 
     Args:
         views: a view family for each modality kind.
@@ -93,34 +90,29 @@ def prepare_encoders(
     """
     keys: dict[str, str] = {}
     for modality, encoder in backbone.encoders.items():
-        if not (encoder.fitted or encoder.untrained):
+        if not encoder.untrained:
             continue
         view = views[dataset.modalities[modality]]
 
         def compute(folder: Path, modality: str = modality, encoder: Any = encoder, view: Any = view) -> None:
-            if encoder.fitted:
-                encoder.fit(_samples(dataset, modality))
-            else:
-                log.info("the %s encoder has no weights: pretraining it without labels", modality)
-                _pretrain(encoder, dataset, modality, view, settings, objective, seed, folder, runtime)
+            log.info("the %s encoder has no weights: pretraining it without labels", modality)
+            _pretrain(encoder, dataset, modality, view, settings, objective, seed, folder, runtime)
             if distributed.rank() == 0:
                 encoder.save(folder / "encoder.safetensors")
 
-        read: dict[str, Any] = {"modality": modality}
-        if encoder.untrained:
-            read |= {"pretrain": settings.model_dump(), "view": view.settings(), "seed": seed}
-            read |= {"devices": runtime.devices, "precision": runtime.precision}
+        read: dict[str, Any] = {
+            "modality": modality,
+            "pretrain": settings.model_dump(),
+            "view": view.settings(),
+            "seed": seed,
+            "devices": runtime.devices,
+            "precision": runtime.precision,
+        }
         inputs = {"data": dataset.fingerprint(), "encoder": encoder.fingerprint()}
         result = stage(root, "backbone", f"{dataset.name}_{modality}", VERSION, read, inputs, compute)
         encoder.restore(result.folder / "encoder.safetensors")
         keys[f"backbone.{modality}"] = result.key
     return keys
-
-
-def _samples(dataset: LabelFree, modality: str, chunk: int = 256) -> Iterator[Any]:
-    for start in range(0, len(dataset.ids("train")), chunk):
-        rows = range(start, min(start + chunk, len(dataset.ids("train"))))
-        yield from dataset.read("train", modality, rows)
 
 
 def _pretrain(

@@ -6,13 +6,9 @@ not computed again, and stages under `outputs/` are shared as always.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from mmnas_lab import record
 from mmnas_lab.build import check_config
@@ -41,30 +37,6 @@ def open_experiment(values: dict[str, Any]) -> Experiment:
     experiment = Experiment(config, Runtime(trainer.accelerator, trainer.devices, trainer.precision))
     experiment.cache  # noqa: B018 - computed or opened now, not in the middle of the loop
     return experiment
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a JSON-lines file; a last line that a killed process left unfinished is passed over."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row, whole, also where several processes write."""
-    line = json.dumps(row, ensure_ascii=False) + "\n"
-    with FileLock(path.with_name(f".{path.name}.lock")), path.open("a") as file:
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            line = "\n" + line
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def row_environment(experiment: Experiment) -> dict[str, Any]:

@@ -5,7 +5,8 @@
 One row of `results/fusion_table.jsonl` for each (genotype, seed): all ordered pairs of features times the
 operations (N = 1, M = 1) with one seed, then the best ones on val and every searched genotype with five fresh
 seeds. Searches (objective x views x pairing x seed) are rows of `results/fusion_table_searches.jsonl`. Both files
-are appended to; what is in them is not computed again. `--report` writes the tables from them.
+are appended to; what is in them is not computed again. `scripts/report.py results` writes the
+tables from them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mmnas_lab.study import append, compose, open_experiment, read_rows, row_environment
+from mmnas_lab.study import compose, open_experiment, row_environment
+from mmnas_lab.study_rows import append, read_rows
 
 log = logging.getLogger("fusion_table")
 
@@ -74,14 +76,17 @@ class Table:
             for k, data in enumerate(todo):
                 genotype = experiment.space.parse(data, experiment.cache.infos)
                 found = experiment.evaluate(genotype, "table")
-                append(self.rows_file, {
-                    "genotype": name_of(data),
-                    "seed": seed,
-                    "val": found.metrics["val"]["f1_weighted"],
-                    "test": found.metrics["test"]["f1_weighted"],
-                    "seconds": round(found.stages["train"].seconds, 2),
-                    **row_environment(experiment),
-                })
+                append(
+                    self.rows_file,
+                    {
+                        "genotype": name_of(data),
+                        "seed": seed,
+                        "val": found.metrics["val"]["f1_weighted"],
+                        "test": found.metrics["test"]["f1_weighted"],
+                        "seconds": round(found.stages["train"].seconds, 2),
+                        **row_environment(experiment),
+                    },
+                )
                 left = (time.monotonic() - started) / (k + 1) * (len(todo) - k - 1)
                 log.info("seed %d: %d of %d, about %.0f s left", seed, k + 1, len(todo), left)
 
@@ -91,31 +96,46 @@ class Table:
             have = {(row["search"], row["pairing"], row["seed"]) for row in read_rows(self.searches_file)}
             if (kind, pairing, seed) in have or not self.mine(number):
                 continue
-            overrides = [*BASE, *SEARCHES[kind], f"search_space.pairing={pairing}", f"seed={seed}", *self.overrides]
+            overrides = [
+                *BASE,
+                *SEARCHES[kind],
+                f"search_space.pairing={pairing}",
+                f"seed={seed}",
+                *self.overrides,
+            ]
             experiment = open_experiment(compose(overrides))
             genotype = experiment.genotype()
             result = experiment.results["search"]
-            append(self.searches_file, {
-                "search": kind,
-                "pairing": pairing,
-                "seed": seed,
-                "genotype": name_of(genotype.to_json()),
-                "genotype_json": genotype.to_json(),
-                "margins": json.loads((result.folder / "margins.json").read_text()),
-                "seconds": round(result.seconds, 2),
-                **row_environment(experiment),
-            })
+            append(
+                self.searches_file,
+                {
+                    "search": kind,
+                    "pairing": pairing,
+                    "seed": seed,
+                    "genotype": name_of(genotype.to_json()),
+                    "genotype_json": genotype.to_json(),
+                    "margins": json.loads((result.folder / "margins.json").read_text()),
+                    "seconds": round(result.seconds, 2),
+                    **row_environment(experiment),
+                },
+            )
             log.info("%s, %s, seed %d: %s", kind, pairing, seed, name_of(genotype.to_json()))
 
 
 def searches(seeds: tuple[int, ...]) -> Iterator[tuple[str, str, int]]:
     """All searches of the study."""
-    return ((kind, pairing, seed) for kind in SEARCHES for pairing in ("shared", "distinct") for seed in seeds)
+    return (
+        (kind, pairing, seed) for kind in SEARCHES for pairing in ("shared", "distinct") for seed in seeds
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides for every run, dataset.path=... above all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="Hydra overrides for every run, dataset.path=... above all"
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the rows")
     parser.add_argument("--shard", default="0/1", help="k/n: compute every n-th item, from the k-th on")
     parser.add_argument("--phase", choices=["all", "grid", "search", "fresh"], default="all")

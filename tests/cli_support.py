@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import io
 import json
 import os
 import signal
@@ -17,6 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "run.py"
@@ -122,6 +128,77 @@ def files_of(outputs: Path, *stages: str) -> dict[str, dict[str, str]]:
         for stage in stages
         for folder in stage_folders(outputs, stage)
     }
+
+
+# Movies as files, in both forms that `dataset=mmimdb` reads.
+
+GENRES = (["Drama"], ["Comedy", "Romance"], ["Drama", "Thriller"], ["Horror"], ["Comedy"])
+SIZES = {"train": 34, "dev": 19, "test": 21}
+MMIMDB = (
+    "experiment=ssl_nas_mmimdb", "scale=smoke", "dataset.path=movies", "trainer.threads=1", "baselines=[]",
+    "search.batch_size=8", "pretrain.batch_size=8", "train.batch_size=8", "encoder_pretrain.batch_size=8",
+)  # fmt: skip
+LABEL_FREE = "stages=[features,search,pretrain]"
+
+
+def movies() -> dict[str, list[dict[str, Any]]]:
+    """Rows of each split: id, poster (JPEG), plot and genres."""
+    generator = np.random.default_rng(0)
+    words = (
+        "love",
+        "war",
+        "a dog",
+        "the town",
+        "murder",
+        "a wizard",
+        "the sea",
+        "a train",
+        "her brother",
+        "gold",
+    )
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for split, size in SIZES.items():
+        rows[split] = []
+        for i in range(size):
+            file = io.BytesIO()
+            pixels = generator.integers(0, 256, (4, 3, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((20, 28)).save(file, "JPEG")
+            plot = f"{split} {i}. " + " and ".join(generator.choice(words, 6)) + "."
+            rows[split].append(
+                {
+                    "id": f"{split}{i:03d}",
+                    "poster": file.getvalue(),
+                    "plot": plot,
+                    "genres": GENRES[i % len(GENRES)],
+                }
+            )
+    return rows
+
+
+def write_raw(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+    """The layout of the MM-IMDB archive; a row without genres has none in its file."""
+    folder.mkdir(parents=True)
+    (folder / "split.json").write_text(
+        json.dumps({split: [r["id"] for r in part] for split, part in rows.items()})
+    )
+    for row in (row for part in rows.values() for row in part):
+        content = {"plot": [row["plot"]], **({"genres": row["genres"]} if "genres" in row else {})}
+        (folder / f"{row['id']}.json").write_text(json.dumps(content))
+        (folder / f"{row['id']}.jpeg").write_bytes(row["poster"])
+
+
+def write_parquet(folder: Path, rows: dict[str, list[dict[str, Any]]], without: str = "") -> None:
+    """One parquet file a split, all columns but one."""
+    folder.mkdir(parents=True)
+    for split, part in rows.items():
+        columns = {
+            "imdb_id": [row["id"] for row in part],
+            "poster": [{"bytes": row["poster"], "path": ""} for row in part],
+            "plot": [row["plot"] for row in part],
+            "genres": [row["genres"] for row in part],
+        }
+        columns.pop(without, None)
+        pq.write_table(pa.table(columns), folder / f"{split}.parquet")
 
 
 # The server.
@@ -243,8 +320,8 @@ def _become_the_command(request: dict[str, Any]) -> None:
 # Hooks: what a test does to the process of a command before it runs.
 
 
-def kill_at(place: str, fit: str, number: int = 1) -> None:
-    """SIGKILL at a place of the fit or stage whose label begins with `fit`, when it is passed so often.
+def kill_at(place: str, fit: str, number: int = 1, by: int = signal.SIGKILL) -> None:
+    """A signal at a place of the fit or stage whose label begins with `fit`, when it is passed so often.
 
     `after_step` and `last_step` are ends of training steps, `after_validation` comes before that epoch's save
     point and `after_epoch` behind it; `before_done` is when the stage is about to be marked.
@@ -259,7 +336,7 @@ def kill_at(place: str, fit: str, number: int = 1) -> None:
         nonlocal passed
         passed += 1
         if passed == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
 
     def behind(kind: Any, method: str, here: Any = lambda fit, arguments: True) -> None:
         original = getattr(kind, method)
@@ -303,7 +380,7 @@ def without_drawings() -> None:
     fusion_drawing.draw_fusion = lambda *arguments: None
 
 
-def full_disk(name: str) -> None:
+def full_disk(file: str) -> None:
     """Writing a file of this name ends as on a full disk."""
     import errno
 
@@ -313,7 +390,7 @@ def full_disk(name: str) -> None:
 
     def fsync(descriptor: int) -> None:
         path = os.readlink(f"/proc/self/fd/{descriptor}")
-        if f".{name}." in Path(path).name:
+        if f".{file}." in Path(path).name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         original(descriptor)
 

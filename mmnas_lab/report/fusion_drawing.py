@@ -1,20 +1,16 @@
 """A drawing of a fusion genotype, from the backbone features on the left to the head on the right.
 
-The layout is made twice with the same rules: boxes stand in columns by depth, a wire that passes a column
-gets a lane of its own there, and the order within a column is the one with the fewest crossings. First the
-steps are laid out inside each cell, then the cells between features and head. So no wire runs through a box
-or a label. All lengths are inches, y points up; font sizes are points.
+First the steps are laid out inside each cell, then the cells between features and head, both by
+`layered_layout`; so no wire runs through a box or a label. All lengths are inches, y points up; font sizes
+are points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import combinations, islice, pairwise, permutations
+from itertools import islice, permutations
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -23,7 +19,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Curve
 from matplotlib.textpath import TextPath
-from scipy.optimize import isotonic_regression
+
+from mmnas_lab.report.layered_layout import Box, Layout, Wire, arrange
 
 OP_NAMES = {
     "zero": "Zero",
@@ -41,75 +38,6 @@ FONT, NAME, SMALL = "DejaVu Sans", 10.0, 7.5
 PORT, TITLE = 0.19, 0.3
 MOST_ORDERS = 24
 """Of the orders of modalities tried for few crossings: all of up to four."""
-
-Orders = list[list[str]]
-"""Keys of the boxes of each column, top first."""
-
-
-@dataclass
-class _Box:
-    """A box with its centre at (x, y); `entries` and `exit` are heights of its ports above the centre.
-
-    `any_order` says that its entries are alike, so that wires take them in the order in which they come. A
-    wire that leaves runs level up to `column_end`, the right edge of the widest box of the column.
-    """
-
-    key: str
-    column: int
-    width: float
-    height: float
-    entries: tuple[float, ...] = (0.0,)
-    exit: float = 0.0
-    any_order: bool = False
-    column_end: float = 0.0
-    x: float = 0.0
-    y: float = 0.0
-
-    @property
-    def left(self) -> float:
-        return self.x - self.width / 2
-
-    @property
-    def right(self) -> float:
-        return self.x + self.width / 2
-
-
-@dataclass
-class _Wire:
-    """From box `source` to entry `port` of box `target`, through the lanes that lie between."""
-
-    source: str
-    target: str
-    port: int
-    lanes: list[str] = field(default_factory=list)
-
-    def hops(self) -> list[tuple[str, str]]:
-        return list(pairwise([self.source, *self.lanes, self.target]))
-
-
-@dataclass
-class _Layout:
-    """Placed boxes by key, lanes among them, and the wires between them; the first column begins at x = 0."""
-
-    boxes: dict[str, _Box]
-    wires: list[_Wire]
-
-    @property
-    def top(self) -> float:
-        return max(box.y + box.height / 2 for box in self.boxes.values())
-
-    @property
-    def bottom(self) -> float:
-        return min(box.y - box.height / 2 for box in self.boxes.values())
-
-    @property
-    def right(self) -> float:
-        return max(box.right for box in self.boxes.values())
-
-    def heights(self, wire: _Wire, before: str, after: str) -> tuple[float, float]:
-        """Where one hop of a wire begins and ends."""
-        start, end = self.boxes[before], self.boxes[after]
-        return start.y + start.exit, end.y + (end.entries[wire.port] if after == wire.target else 0.0)
 
 
 def draw_fusion(genotype: dict[str, Any], margins: dict[str, float], path: Path) -> None:
@@ -175,23 +103,23 @@ def fusion_figure(genotype: dict[str, Any], margins: dict[str, float]) -> Figure
 
 
 def _outside(
-    cells: list[dict[str, Any]], head_cells: int, insides: dict[str, _Layout], features: list[str]
-) -> _Layout:
+    cells: list[dict[str, Any]], head_cells: int, insides: dict[str, Layout], features: list[str]
+) -> Layout:
     """Features, cells, concat and head, and the wires between them."""
     width = max(_text_width(name, NAME) for name in features) + 0.26
-    boxes = [_Box(name, 0, width, 0.32) for name in features]
+    boxes = [Box(name, 0, width, 0.32) for name in features]
     depth, wires = dict.fromkeys(features, 0), []
     for (key, inside), cell in zip(insides.items(), cells, strict=True):
         depth[key] = 1 + max(depth[name] for name in cell["inputs"])
         middle = (inside.top + inside.bottom) / 2
         entries = tuple(inside.boxes[port].y - middle for port in "xy")
         exit_height = inside.boxes["out"].y - middle
-        boxes.append(_Box(key, depth[key], inside.right, inside.top - inside.bottom, entries, exit_height))
-        wires += [_Wire(name, key, port) for port, name in enumerate(cell["inputs"])]
-    boxes.append(_Box("head", 2 + max(depth.values()), 0.62, 0.4))
+        boxes.append(Box(key, depth[key], inside.right, inside.top - inside.bottom, entries, exit_height))
+        wires += [Wire(name, key, port) for port, name in enumerate(cell["inputs"])]
+    boxes.append(Box("head", 2 + max(depth.values()), 0.62, 0.4))
     _join(boxes, wires, list(insides)[-head_cells:], "head")
 
-    def gap(above: _Box, below: _Box) -> float:
+    def gap(above: Box, below: Box) -> float:
         if above.column:
             return 0.24
         return 0.1 if _modality(above.key) == _modality(below.key) else 0.26 + TITLE
@@ -201,143 +129,42 @@ def _outside(
         [name for modality in order for name in features if _modality(name) == modality]
         for order in islice(permutations(modalities), MOST_ORDERS)
     ]
-    return _arrange(boxes, wires, orders, gap, column_gap=0.45)
+    return arrange(boxes, wires, orders, gap, column_gap=0.45)
 
 
-def _inside(cell_key: str, cell: dict[str, Any], margins: dict[str, float]) -> _Layout:
+def _inside(cell_key: str, cell: dict[str, Any], margins: dict[str, float]) -> Layout:
     """The inputs, the steps and the output of one cell, and the frame around them."""
     strip = max(0.36, _text_width(_margin(margins, f"{cell_key}.inputs"), SMALL) + 0.14)
-    boxes = [_Box(port, 0, strip, 0.24) for port in "xy"]
+    boxes = [Box(port, 0, strip, 0.24) for port in "xy"]
     states, depth, wires = ["x", "y"], {"x": 0, "y": 0}, []
     for m, step in enumerate(cell["steps"]):
         key = f"step.{m}"
         sources = [states[i] for i in step["inputs"]]
         depth[key] = 1 + max(depth[source] for source in sources)
         width = sum(_step_widths(step["op"], margins, f"{cell_key}.{key}"))
-        boxes.append(_Box(key, depth[key], width, 0.58, (PORT, -PORT)))
-        wires += [_Wire(source, key, port) for port, source in enumerate(sources)]
+        boxes.append(Box(key, depth[key], width, 0.58, (PORT, -PORT)))
+        wires += [Wire(source, key, port) for port, source in enumerate(sources)]
         states.append(key)
-    boxes.append(_Box("out", 2 + max(depth.values()), 0.0, 0.0))
+    boxes.append(Box("out", 2 + max(depth.values()), 0.0, 0.0))
     _join(boxes, wires, states[2:], "out")
-    layout = _arrange(boxes, wires, [["x", "y"]], lambda above, below: 0.14, column_gap=0.28)
+    layout = arrange(boxes, wires, [["x", "y"]], lambda above, below: 0.14, column_gap=0.28)
     top, bottom = layout.top + TITLE + 0.04, layout.bottom - 0.12
-    layout.boxes["frame"] = _Box("frame", 0, 0.0, top - bottom, y=(top + bottom) / 2)
+    layout.boxes["frame"] = Box("frame", 0, 0.0, top - bottom, y=(top + bottom) / 2)
     return layout
 
 
-def _join(boxes: list[_Box], wires: list[_Wire], parts: list[str], target: str) -> None:
+def _join(boxes: list[Box], wires: list[Wire], parts: list[str], target: str) -> None:
     """Lead all parts to the target, several of them through a box named concat in the column before it."""
     end = boxes[-1]
     if len(parts) == 1:
         end.column -= 1
-        wires.append(_Wire(parts[0], target, 0))
+        wires.append(Wire(parts[0], target, 0))
         return
     step = max(0.2, 0.5 / len(parts))
     entries = tuple(step * ((len(parts) - 1) / 2 - port) for port in range(len(parts)))
-    boxes.append(_Box("concat", end.column - 1, 0.26, max(0.72, step * len(parts)), entries, any_order=True))
-    wires += [_Wire(part, "concat", port) for port, part in enumerate(parts)]
-    wires.append(_Wire("concat", target, 0))
-
-
-def _arrange(
-    boxes: list[_Box],
-    wires: list[_Wire],
-    first_orders: list[list[str]],
-    gap: Callable[[_Box, _Box], float],
-    column_gap: float,
-) -> _Layout:
-    """Give every box its place: few crossings first, the given order second, short wires third.
-
-    Args:
-        boxes: their columns are set.
-        wires: each leads to a later column.
-        first_orders: the orders of the first column that are allowed, top first.
-        gap: least distance of two neighbours of a column, upper one first.
-        column_gap: least distance of two columns; steep wires widen it.
-    """
-    by_key = {box.key: box for box in boxes}
-    for wire in wires:
-        for column in range(by_key[wire.source].column + 1, by_key[wire.target].column):
-            lane = f"{wire.source} past column {column}"
-            by_key.setdefault(lane, _Box(lane, column, 0.0, 0.06))
-            wire.lanes.append(lane)
-    layout = _Layout(by_key, wires)
-    later: list[list[str]] = [[] for _ in range(max(box.column for box in by_key.values()))]
-    for box in by_key.values():
-        if box.column:
-            later[box.column - 1].append(box.key)
-
-    rank = {box.key: number for number, box in enumerate(boxes)}
-
-    def cost(orders: Orders) -> tuple[int, int, float]:
-        _set_heights(layout, orders, gap)
-        hops = _hop_heights(layout)
-        pairs = (pair for column in hops for pair in combinations(column, 2))
-        crossings = sum((a[0] - b[0]) * (a[1] - b[1]) < 0 for a, b in pairs)
-        named = [[rank[key] for key in column if key in rank] for column in orders[1:]]
-        reversals = sum(a > b for column in named for a, b in combinations(column, 2))
-        length = sum(abs(start - end) for column in hops for start, end in column)
-        return crossings, reversals, round(length, 6)
-
-    best = min((_untangle([first, *later], cost) for first in first_orders), key=cost)
-    _set_heights(layout, best, gap)
-    x = 0.0
-    for keys, hops in zip(best, _hop_heights(layout), strict=True):
-        if hops:
-            x += max(column_gap, *(0.4 * abs(start - end) for start, end in hops))
-        width = max(by_key[key].width for key in keys)
-        for key in keys:
-            box = by_key[key]
-            box.x, box.column_end = x + box.width / 2, x + width
-        x += width
-    return layout
-
-
-def _untangle(orders: Orders, cost: Callable[[Orders], tuple[int, int, float]]) -> Orders:
-    """Swap neighbours in all columns but the first for as long as that lowers the cost."""
-    best, improved = cost(orders), True
-    while improved:
-        improved = False
-        for column in range(1, len(orders)):
-            for i in range(len(orders[column]) - 1):
-                trial = [list(keys) for keys in orders]
-                trial[column][i : i + 2] = trial[column][i : i + 2][::-1]
-                if (value := cost(trial)) < best:
-                    orders, best, improved = trial, value, True
-    return orders
-
-
-def _hop_heights(layout: _Layout) -> list[list[tuple[float, float]]]:
-    """By column, the (start, end) heights of the pieces of wire that lead into it."""
-    columns: list[set[tuple[float, float]]] = [
-        set() for _ in range(1 + max(box.column for box in layout.boxes.values()))
-    ]
-    for wire in layout.wires:
-        for before, after in wire.hops():
-            columns[layout.boxes[after].column].add(layout.heights(wire, before, after))
-    return [sorted(column) for column in columns]
-
-
-def _set_heights(layout: _Layout, orders: Orders, gap: Callable[[_Box, _Box], float]) -> None:
-    """Put each box as near to the height of what leads into it as order and gaps allow."""
-    for keys in orders:
-        column = [layout.boxes[key] for key in keys]
-        wanted = []
-        for box in column:
-            box.y = 0.0
-            hops = [(w, *hop) for w in layout.wires for hop in w.hops() if hop[1] == box.key]
-            if box.any_order:
-                hops.sort(key=lambda hop: -layout.heights(*hop)[0])
-                for port, (wire, *_) in enumerate(hops):
-                    wire.port = port
-            rises = [start - end for start, end in (layout.heights(*hop) for hop in hops)]
-            wanted.append(sum(rises) / len(rises) if rises else 0.0)
-        offsets = [0.0]
-        for above, below in pairwise(column):
-            offsets.append(offsets[-1] + (above.height + below.height) / 2 + gap(above, below))
-        levels = isotonic_regression(np.add(wanted, offsets), increasing=False).x.tolist()
-        for box, level, offset in zip(column, levels, offsets, strict=True):
-            box.y = level - offset
+    boxes.append(Box("concat", end.column - 1, 0.26, max(0.72, step * len(parts)), entries, any_order=True))
+    wires += [Wire(part, "concat", port) for port, part in enumerate(parts)]
+    wires.append(Wire("concat", target, 0))
 
 
 def _step_widths(op: str, margins: dict[str, float], key: str) -> tuple[float, float]:
@@ -350,7 +177,7 @@ def _step_widths(op: str, margins: dict[str, float], key: str) -> tuple[float, f
 # What it looks like.
 
 
-def _draw_features(axes: Axes, features: list[_Box], colours: dict[str, str]) -> None:
+def _draw_features(axes: Axes, features: list[Box], colours: dict[str, str]) -> None:
     for modality, colour in colours.items():
         group = [box for box in features if _modality(box.key) == modality]
         top = max(box.y + box.height / 2 for box in group)
@@ -361,9 +188,7 @@ def _draw_features(axes: Axes, features: list[_Box], colours: dict[str, str]) ->
             _write(axes, box.x, box.y, box.key, NAME, _readable_on(colour), weight="bold")
 
 
-def _draw_cell(
-    axes: Axes, box: _Box, inside: _Layout, cell: dict[str, Any], margins: dict[str, float]
-) -> None:
+def _draw_cell(axes: Axes, box: Box, inside: Layout, cell: dict[str, Any], margins: dict[str, float]) -> None:
     """The frame of a cell and everything in it."""
     frame = inside.boxes.pop("frame")
     for part in inside.boxes.values():
@@ -384,7 +209,7 @@ def _draw_cell(
         _draw_concat(axes, inside.boxes["concat"])
 
 
-def _draw_step(axes: Axes, box: _Box, op: str, margins: dict[str, float], key: str) -> None:
+def _draw_step(axes: Axes, box: Box, op: str, margins: dict[str, float], key: str) -> None:
     strip, body = _step_widths(op, margins, key)
     bottom, top = box.y - box.height / 2, box.y + box.height / 2
     zero = op == "zero"
@@ -398,12 +223,12 @@ def _draw_step(axes: Axes, box: _Box, op: str, margins: dict[str, float], key: s
     _write(axes, x, box.y - 0.12, margin, SMALL, GREY)
 
 
-def _draw_concat(axes: Axes, box: _Box) -> None:
+def _draw_concat(axes: Axes, box: Box) -> None:
     _draw_box(axes, box.left, box.right, box.y - box.height / 2, box.y + box.height / 2, "white", INK)
     _write(axes, box.x, box.y, "concat", SMALL + 1, INK, rotation=90)
 
 
-def _draw_wire(axes: Axes, layout: _Layout, wire: _Wire, colour: str, arrow: bool = True) -> None:
+def _draw_wire(axes: Axes, layout: Layout, wire: Wire, colour: str, arrow: bool = True) -> None:
     """Level where it leaves, passes and arrives, curved between columns."""
     points: list[tuple[float, float]] = []
     codes: list[Any] = []

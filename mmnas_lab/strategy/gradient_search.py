@@ -193,15 +193,16 @@ class Bilevel:
         whole = problem.needs.views == 2
         torch.manual_seed(seed_of(*address, "init"))
         network = problem.space.hypernet(problem.inputs)
+        weights = Batches(problem.weights, problem.draw, settings.batch_size, (*address, "weights"), whole)
         module = SearchModule(
             Scored(network, problem.objective(network.info)).to(problem.runtime.device),
             "search",
             settings,
-            settings.epochs,
+            max(settings.epochs, -(-settings.min_steps // len(weights))),
             address,
             problem.runtime,
             folder / "search.ckpt",
-            weights=Batches(problem.weights, problem.draw, settings.batch_size, (*address, "weights"), whole),
+            weights=weights,
             architecture=Batches(problem.architecture, problem.draw, settings.batch_size, (*address, "arch"), whole),
             held=FixedBatches(problem.architecture, problem.draw, settings.batch_size, (*address, "held"), whole),
             alternation=self.alternation,

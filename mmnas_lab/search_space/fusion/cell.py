@@ -10,17 +10,9 @@ from collections.abc import Sequence
 from functools import reduce
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmnas_lab.search_space.fusion.primitive_ops import (
-    BatchNorm,
-    Dropout,
-    LinearOp,
-    StepOp,
-    Zero,
-    stacked_batch_norm,
-)
+from mmnas_lab.search_space.fusion.primitive_ops import BatchNorm, Dropout, LinearOp, StepOp, Zero
 from mmnas_lab.types import InputError, InputInfo
 
 
@@ -47,53 +39,29 @@ class Reshape(nn.Module):
         h = self.linear(feature.transpose(1, 2))  # (B, L_i, C)
         if h.shape[1] != self.length:
             h = h.expand(-1, self.length, -1)
-        return self.dropout(torch.relu(self.norm(h)))
+        return self.dropout(torch.relu_(self.norm(h)))
 
 
 class MixedStep(nn.Module):
     """All candidate operations of one step node, averaged by gamma (BM-NAS eq. 10).
 
-    The linear maps of its operations are one product with stacked weights, their BatchNorms one call; where
-    both operands are the same tensor, W_x z + W_y z = (W_x + W_y) z halves the product. gamma is folded into
-    affine parameters where an operation has them: g relu(z) = relu(g z), and a gated unit is linear in its
-    values.
+    gamma is folded into affine parameters where an operation has them: g relu(z) = relu(g z), and a gated
+    unit is linear in its values.
     """
 
     def __init__(self, ops: dict[str, StepOp]) -> None:
         super().__init__()
         self.ops = nn.ModuleDict(ops)
-        self.linear_names = [name for name, op in ops.items() if isinstance(op, LinearOp)]
 
     def forward(self, first: Tensor, second: Tensor, gamma: Tensor) -> Tensor:
         """Mix the operations on (B, L, C) operands with weights gamma (K,)."""
-        weights = dict(zip(self.ops, gamma.unbind(), strict=True))
-        products = self._products(first, second, weights)
-        terms = []
-        for name, op in self.ops.items():
-            if name in products:
-                terms.append(op.activate(products[name]))
-            elif not isinstance(op, Zero):
-                terms.append(op.weighted(first, second, weights[name]))
+        joined = first if first is second else torch.cat([first, second], -1)
+        terms = [
+            op.of_joined(joined, weight) if isinstance(op, LinearOp) else op.weighted(first, second, weight)
+            for weight, op in zip(gamma.unbind(), self.ops.values(), strict=True)
+            if not isinstance(op, Zero)
+        ]
         return reduce(torch.add, terms)
-
-    def _products(self, first: Tensor, second: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What each linear operation activates: its product, normalised and weighted."""
-        ops: list[LinearOp] = [self.ops[name] for name in self.linear_names]
-        weight = torch.cat([op.joint_weight() for op in ops])  # (sum of out, 2C)
-        bias = torch.cat([op.joint_bias() for op in ops])
-        scale = torch.cat([op.scale(weights[name]) for name, op in zip(self.linear_names, ops, strict=True)])
-        norms = [op.norm for op in ops if isinstance(op.norm, BatchNorm)]
-        if not norms:
-            weight, bias = weight * scale[:, None], bias * scale
-        left, right = weight.chunk(2, 1)
-        if first is second:
-            product = F.linear(first, left + right, bias)
-        else:
-            product = F.linear(torch.cat([first, second], -1), weight, bias)
-        if norms:
-            product = stacked_batch_norm(product, norms, scale)
-        sizes = [op.joint_bias().shape[0] for op in ops]
-        return dict(zip(self.linear_names, product.split(sizes, -1), strict=True))
 
 
 class OutConv(nn.Module):
@@ -107,7 +75,7 @@ class OutConv(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
-        return self.dropout(torch.relu(self.norm(self.linear(torch.cat(states[-self.num_states :], -1)))))
+        return self.dropout(torch.relu_(self.norm(self.linear(torch.cat(states[-self.num_states :], -1)))))
 
 
 class LastState(nn.Module):

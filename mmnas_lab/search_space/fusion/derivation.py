@@ -146,7 +146,9 @@ def derive(
         steps = []
         for m, beta_im in enumerate(beta[i]):
             operands, margins[f"cell.{i}.step.{m}.inputs"] = rule.step_pair(beta_im.detach().cpu())
-            (op, _), margins[f"cell.{i}.step.{m}.op"] = best([(k, k) for k in range(len(ops))], gamma[i, m].tolist())
+            (op, _), margins[f"cell.{i}.step.{m}.op"] = best(
+                [(k, k) for k in range(len(ops))], gamma[i, m].tolist()
+            )
             steps.append(StepGenotype(operands, ops[op]))
         cells.append(CellGenotype((names[pair[0]], names[pair[1]]), tuple(steps)))
     return Derived(FusionGenotype(tuple(cells), head_cells), margins)

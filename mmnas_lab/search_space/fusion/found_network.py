@@ -81,7 +81,7 @@ class TwoStreamNetwork(Network):
         self.flatten = space.flatten(len(self.names))
         self.info = OutputInfo(
             len(self.names) * space.channels * space.length,
-            {name: (space.channels, space.length) for name in self.names},
+            dict.fromkeys(self.names, (space.channels, space.length)),
         )
 
     def forward(self, inputs: Inputs, present: dict[str, Tensor] | None = None) -> Output:

@@ -62,6 +62,10 @@ def parse_genotype(data: Mapping[str, Any], features: Sequence[str], ops: Sequen
         InputError: another space or schema, a feature, cell or operation that does not exist, or a shape
             that is not a genotype's; the message names it and what is there.
     """
+    if not isinstance(data, Mapping):
+        raise InputError(
+            f"not a fusion genotype: a JSON object is needed, got {data!r}; see genotype.json of a run"
+        )
     if data.get("space") != "fusion" or data.get("schema") != SCHEMA:
         raise InputError(
             f"this genotype is of space {data.get('space')!r}, schema {data.get('schema')!r}; the fusion space "
@@ -77,10 +81,14 @@ def parse_genotype(data: Mapping[str, Any], features: Sequence[str], ops: Sequen
         )
         genotype = FusionGenotype(cells, int(data["head_cells"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"not a fusion genotype: {type(error).__name__} {error}; see genotype.json of a run") from None
+        raise InputError(
+            f"not a fusion genotype: {type(error).__name__} {error}; see genotype.json of a run"
+        ) from None
     if not cells or not 1 <= genotype.head_cells <= len(cells):
-        raise InputError(f"a fusion genotype needs at least one cell and 1 <= head_cells <= cells, got {len(cells)} "
-                         f"cells and head_cells {genotype.head_cells}")
+        raise InputError(
+            f"a fusion genotype needs at least one cell and 1 <= head_cells <= cells, got {len(cells)} "
+            f"cells and head_cells {genotype.head_cells}"
+        )
     for i, cell in enumerate(cells):
         known = [*features, *(f"cell.{c}" for c in range(i))]
         for name in cell.inputs:
@@ -92,7 +100,9 @@ def parse_genotype(data: Mapping[str, Any], features: Sequence[str], ops: Sequen
             if not all(0 <= q < 2 + m for q in step.inputs):
                 raise InputError(f"step {m} of cell {i} reads states {step.inputs}; there are 0 to {1 + m}")
             if step.op not in ops:
-                raise InputError(f"step {m} of cell {i} applies '{step.op}'; the operations are {', '.join(ops)}")
+                raise InputError(
+                    f"step {m} of cell {i} applies '{step.op}'; the operations are {', '.join(ops)}"
+                )
     return genotype
 
 

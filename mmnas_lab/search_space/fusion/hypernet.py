@@ -5,7 +5,7 @@ one mixture is both inputs of a cell. `DistinctHypernet` is ours: x and y are tw
 over its candidates, so that which input carries the residual, and which attends to which, is learned.
 
 Neither computes a thing twice: all feature mixtures of all cells are one contraction, `none` costs nothing,
-and the linear maps of a step are one product (see `MixedStep`).
+and equal operands are projected once (see `LinearOp.of_joined`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmnas_lab.search_space.base import Derived, Hypernet
-from mmnas_lab.search_space.fusion.cell import Flatten, MixedStep, Reshape
+from mmnas_lab.search_space.fusion.cell import Flatten, MixedStep
 from mmnas_lab.search_space.fusion.derivation import (
     DistinctRule,
     Rule,
@@ -55,7 +55,9 @@ class FusionHypernet(Hypernet):
 
         self.reshape = nn.ModuleList(space.reshape(name, info) for name, info in inputs.items())
         self.steps = nn.ModuleList(
-            nn.ModuleList(MixedStep({name: make() for name, make in space.ops.items()}) for _ in range(self.num_steps))
+            nn.ModuleList(
+                MixedStep({name: make() for name, make in space.ops.items()}) for _ in range(self.num_steps)
+            )
             for _ in range(self.num_cells)
         )
         self.ends = nn.ModuleList(space.cell_end() for _ in range(self.num_cells))
@@ -66,7 +68,9 @@ class FusionHypernet(Hypernet):
             {f"cell.{i}": (space.channels, space.length) for i in range(self.num_cells)},
         )
 
-    def operands(self) -> tuple[Tensor, Tensor, Callable[[int, int, Sequence[Tensor]], tuple[Tensor, Tensor]]]:
+    def operands(
+        self,
+    ) -> tuple[Tensor, Tensor, Callable[[int, int, Sequence[Tensor]], tuple[Tensor, Tensor]]]:
         """Mixing weights of this forward.
 
         Returns:
@@ -76,7 +80,7 @@ class FusionHypernet(Hypernet):
         raise NotImplementedError
 
     def cell_inputs(self, i: int, sources: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """x and y of cell i among the S cell inputs."""
+        """X and y of cell i among the S cell inputs."""
         raise NotImplementedError
 
     def _candidates(self, i: int) -> list[str]:
@@ -90,10 +94,12 @@ class FusionHypernet(Hypernet):
         return [f"cell.{i} step {m}: {op}" for i, m in steps for op in self.ops]
 
     def forward(self, inputs: Inputs, present: dict[str, Tensor] | None = None) -> Output:
-        h = torch.stack([
-            reshape(masked(inputs[name], present, self.modality_of[name]))
-            for name, reshape in zip(self.features, self.reshape, strict=True)
-        ])  # (n, B, L, C)
+        h = torch.stack(
+            [
+                reshape(masked(inputs[name], present, self.modality_of[name]))
+                for name, reshape in zip(self.features, self.reshape, strict=True)
+            ]
+        )  # (n, B, L, C)
         feature_weights, cell_weights, step_operands = self.operands()
         gamma = torch.softmax(self.logits("gamma"), -1)  # (N, M, K)
         mixtures = (feature_weights @ h.flatten(1)).view(-1, *h.shape[1:]).unbind()  # S of (B, L, C)
@@ -133,18 +139,26 @@ class SharedHypernet(FusionHypernet):
         return {
             "alpha": [f"cell.{i} {e}: {name}" for i in cells for name in self._candidates(i) for e in edges],
             "beta": [
-                f"cell.{i} step {m} {e}: {state}" for i in cells for m in steps for state in self._states(m) for e in edges
+                f"cell.{i} step {m} {e}: {state}"
+                for i in cells
+                for m in steps
+                for state in self._states(m)
+                for e in edges
             ],
             "gamma": self._op_names(),
         }
 
-    def operands(self) -> tuple[Tensor, Tensor, Callable[[int, int, Sequence[Tensor]], tuple[Tensor, Tensor]]]:
+    def operands(
+        self,
+    ) -> tuple[Tensor, Tensor, Callable[[int, int, Sequence[Tensor]], tuple[Tensor, Tensor]]]:
         alpha = torch.softmax(self.logits("alpha"), -1)[:, 1]  # (E,)
         beta = torch.softmax(self.logits("beta"), -1)[..., 1]  # (N, I)
         n = len(self.features)
         by_cell = [alpha[edges] for edges in self.edges]
         feature_weights = torch.stack([a[:n] for a in by_cell])
-        cell_weights = torch.stack([nn.functional.pad(a[n:], (0, self.num_cells - i)) for i, a in enumerate(by_cell)])
+        cell_weights = torch.stack(
+            [nn.functional.pad(a[n:], (0, self.num_cells - i)) for i, a in enumerate(by_cell)]
+        )
 
         def step_operands(i: int, m: int, states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             b = beta[i, self.inner[m]]
@@ -191,7 +205,9 @@ class DistinctHypernet(FusionHypernet):
     def choice_names(self) -> dict[str, list[str]]:
         cells, steps = range(self.num_cells), range(self.num_steps)
         return {
-            "alpha": [f"cell.{i} {port}: {name}" for port in "xy" for i in cells for name in self._candidates(i)],
+            "alpha": [
+                f"cell.{i} {port}: {name}" for port in "xy" for i in cells for name in self._candidates(i)
+            ],
             "beta": [
                 f"cell.{i} step {m} {operand}: {state}"
                 for i in cells
@@ -202,13 +218,17 @@ class DistinctHypernet(FusionHypernet):
             "gamma": self._op_names(),
         }
 
-    def operands(self) -> tuple[Tensor, Tensor, Callable[[int, int, Sequence[Tensor]], tuple[Tensor, Tensor]]]:
+    def operands(
+        self,
+    ) -> tuple[Tensor, Tensor, Callable[[int, int, Sequence[Tensor]], tuple[Tensor, Tensor]]]:
         mixing = self.mixing()
         alpha, beta = mixing["alpha"], mixing["beta"]
         n = len(self.features)
         by_cell = [alpha[:, edges] for edges in self.edges]
         feature_weights = torch.cat([a[:, :n] for a in by_cell])  # (2N, n): x and y of cell 0, of cell 1, ...
-        cell_weights = torch.cat([nn.functional.pad(a[:, n:], (0, self.num_cells - i)) for i, a in enumerate(by_cell)])
+        cell_weights = torch.cat(
+            [nn.functional.pad(a[:, n:], (0, self.num_cells - i)) for i, a in enumerate(by_cell)]
+        )
 
         def step_operands(i: int, m: int, states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             b = beta[i, :, self.inner[m]]  # (2, 2 + m)

@@ -7,7 +7,7 @@ Sources: BM-NAS (arXiv 2104.09379) eq. 4-8 for `paper`, the behaviour of its rel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -23,28 +23,17 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, -2)).view(x.shape)
 
-
-def stacked_batch_norm(x: Tensor, norms: Sequence[BatchNorm], scale: Tensor) -> Tensor:
-    """BatchNorms side by side on the channels of (B, L, sum of C) in one call, each channel times `scale`.
-
-    The scale goes into the affine, so it costs nothing; running statistics move as by separate calls.
-    """
-    first = norms[0]
-    mean = torch.cat([norm.running_mean for norm in norms])  # type: ignore[misc]
-    var = torch.cat([norm.running_var for norm in norms])  # type: ignore[misc]
-    weight = torch.cat([norm.weight for norm in norms]) * scale
-    bias = torch.cat([norm.bias for norm in norms]) * scale
-    rows = x.flatten(0, -2)
-    out = F.batch_norm(rows, mean, var, weight, bias, first.training, first.momentum or 0.0, first.eps)
-    if first.training:
-        start = 0
-        for norm in norms:
-            stop = start + norm.num_features
-            norm.running_mean.copy_(mean[start:stop])  # type: ignore[union-attr]
-            norm.running_var.copy_(var[start:stop])  # type: ignore[union-attr]
-            norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-            start = stop
-    return out.view(x.shape)
+    def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The result times `scale` (C,), which goes into the affine and so costs nothing."""
+        weight, bias = self.weight * scale, self.bias * scale
+        if self.training:
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        rows = x.flatten(0, -2)
+        momentum = self.momentum or 0.0
+        out = F.batch_norm(
+            rows, self.running_mean, self.running_var, weight, bias, self.training, momentum, self.eps
+        )
+        return out.view(x.shape)
 
 
 class Dropout(nn.Dropout):
@@ -83,11 +72,7 @@ class StepOp(nn.Module):
 
 
 class LinearOp(StepOp):
-    """An operation that begins with one linear map of both inputs, perhaps normalised.
-
-    The hypernet computes the maps of all such operations of a step in one product, and their norms in one
-    call; `activate` is what follows.
-    """
+    """An operation that begins with one linear map of both inputs, perhaps normalised; `activate` follows."""
 
     norm: nn.Module
 
@@ -95,8 +80,8 @@ class LinearOp(StepOp):
         """(out, 2C): the first C columns read x, the last C read y."""
         raise NotImplementedError
 
-    def joint_bias(self) -> Tensor:
-        """(out,)."""
+    def joint_bias(self) -> Tensor | None:
+        """(out,), or none."""
         raise NotImplementedError
 
     def scale(self, weight: Tensor) -> Tensor:
@@ -110,6 +95,20 @@ class LinearOp(StepOp):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         product = F.linear(torch.cat([x, y], -1), self.joint_weight(), self.joint_bias())
         return self.activate(self.norm(product))
+
+    def of_joined(self, joined: Tensor, weight: Tensor) -> Tensor:
+        """The result times a () weight, on [x; y] of (B, L, 2C), or on z of (B, L, C) where x = y = z.
+
+        W_x z + W_y z = (W_x + W_y) z halves the product. The weight goes into the affine, or into W.
+        """
+        matrix, bias, scale = self.joint_weight(), self.joint_bias(), self.scale(weight)
+        if joined.shape[-1] < matrix.shape[1]:
+            left, right = matrix.chunk(2, 1)
+            matrix = left + right
+        if isinstance(self.norm, BatchNorm):
+            return self.activate(self.norm.scaled(F.linear(joined, matrix, bias), scale))
+        bias = None if bias is None else bias * scale
+        return self.activate(F.linear(joined, matrix * scale[:, None], bias))
 
 
 class Zero(StepOp):
@@ -152,7 +151,9 @@ class Attention(StepOp):
         norm = self.norm
         if isinstance(norm, nn.LayerNorm):  # the weight goes into the affine
             attended = self.dropout(torch.bmm(self.attend(x, y), y))
-            return F.layer_norm(attended, norm.normalized_shape, weight * norm.weight, weight * norm.bias, norm.eps)
+            return F.layer_norm(
+                attended, norm.normalized_shape, weight * norm.weight, weight * norm.bias, norm.eps
+            )
         return self.dropout(torch.bmm(weight * self.attend(x, y), y))
 
 
@@ -190,8 +191,8 @@ class PaperLinearGLU(LinearOp):
     def joint_weight(self) -> Tensor:
         return torch.block_diag(self.value.weight, self.gate.weight)
 
-    def joint_bias(self) -> Tensor:
-        return self.value.weight.new_zeros(2 * self.value.out_features)
+    def joint_bias(self) -> None:
+        return None
 
     def scale(self, weight: Tensor) -> Tensor:
         return value_scale(weight, self.value.out_features)
@@ -227,7 +228,7 @@ class ConcatFC(LinearOp):
         return weight.expand(self.linear.out_features)
 
     def activate(self, product: Tensor) -> Tensor:
-        return self.dropout(torch.relu(product))
+        return self.dropout(torch.relu_(product))
 
 
 def step_ops(

@@ -63,7 +63,9 @@ class FusionSpace:
                 f"search_space.cell_outputs must be between 1 and num_steps + 2 = {num_steps + 2}, got {cell_outputs}"
             )
         if head_cells is not None and not 1 <= head_cells <= num_cells:
-            raise InputError(f"search_space.head_cells must be between 1 and num_cells = {num_cells}, got {head_cells}")
+            raise InputError(
+                f"search_space.head_cells must be between 1 and num_cells = {num_cells}, got {head_cells}"
+            )
         self.settings: dict[str, Any] = {
             "num_cells": num_cells,
             "num_steps": num_steps,
@@ -81,7 +83,9 @@ class FusionSpace:
         self.cell_outputs = cell_outputs
         self.head_cells = head_cells or num_cells
         self.protocol, self.pairing = protocol, pairing
-        self.ops: dict[str, Callable[[], StepOp]] = step_ops(protocol, channels, length, dropout, attention_dropout)
+        self.ops: dict[str, Callable[[], StepOp]] = step_ops(
+            protocol, channels, length, dropout, attention_dropout
+        )
 
     # Parts, as the hypernet and the found network ask for them.
 
@@ -126,7 +130,9 @@ class FusionSpace:
             for m in range(self.num_steps):
                 if m > 0:
                     states = tuple(str(q) for q in range(2 + m))
-                    choices += [Choice(f"cell.{i}.step.{m}.{operand}", states) for operand in ("first", "second")]
+                    choices += [
+                        Choice(f"cell.{i}.step.{m}.{operand}", states) for operand in ("first", "second")
+                    ]
                 choices.append(Choice(f"cell.{i}.step.{m}.op", tuple(self.ops)))
         return choices
 
@@ -182,7 +188,9 @@ class FusionSpace:
             )
         x, y = features[-1], features[-2] if len(features) > 1 else features[-1]
         steps = tuple(StepGenotype((0, 1), "sum") for _ in range(self.num_steps))
-        return FusionGenotype(tuple(CellGenotype((x, y), steps) for _ in range(self.num_cells)), self.head_cells)
+        return FusionGenotype(
+            tuple(CellGenotype((x, y), steps) for _ in range(self.num_cells)), self.head_cells
+        )
 
     @staticmethod
     def _candidates(i: int, inputs: InputInfos) -> list[str]:

@@ -13,6 +13,7 @@ from mmnas_lab.types import InputInfo
 
 PROTOCOLS = ["released_code", "paper"]
 PAIRINGS = ["shared", "distinct"]
+MODES = [(True, torch.float64), (False, torch.float64), (True, torch.float32)]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -46,7 +47,10 @@ def sizes_of(space):
 
 
 def features_of(inputs, batch, generator, dtype=torch.float64):
-    return {name: torch.randn(batch, *info.shape, generator=generator, dtype=dtype) for name, info in inputs.items()}
+    return {
+        name: torch.randn(batch, *info.shape, generator=generator, dtype=dtype)
+        for name, info in inputs.items()
+    }
 
 
 def error_of(actual, expected, name):
@@ -68,10 +72,10 @@ def results_of(embedding, cells, tensors, direction):
 def compare(network, run_reference, features, generator, dtype, genotype=None):
     """Outputs and gradients of the network in `dtype` against the reference in float64.
 
-    In float64 to 1e-10 of each tensor's largest magnitude, in float32 to 1e-5 of it. Two things loosen it: a
-    gradient that vanishes (of a bias before a BatchNorm) has no magnitude of its own, and is held to a
-    tenth of the largest gradient; and where a BatchNorm over few values makes the equations themselves
-    inexact in float32, the bound is what the reference loses there, times 32.
+    In float64 to 1e-10 of each tensor's largest magnitude, in float32 to 1e-5 of it. A gradient that is small
+    beside the others, or vanishes, is held to a tenth of the largest one. A BatchNorm over few values makes the
+    equations themselves inexact in float32: there the bound is what the reference loses, times 32, and the
+    bias before it, whose gradient is exactly 0 and in float32 only rounding, is left out.
     """
 
     def reference(dtype):
@@ -96,15 +100,16 @@ def compare(network, run_reference, features, generator, dtype, genotype=None):
         scale = max(float(value.abs().max()), floor if "gradient" in name else 0.0)
         allowed = TOLERANCE[dtype] * scale
         if name in lost:
+            if name.endswith(".bias") and name.replace(".bias", ".bn_bias") in expected:
+                continue
             allowed = max(allowed, 32 * error_of(lost[name], value, name))
         assert error_of(actual[name], value, name) <= allowed, f"{name} of scale {scale}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("training", "dtype"), MODES, ids=["train", "eval", "train_float32"])
 @pytest.mark.parametrize("pairing", PAIRINGS)
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_hypernet_is_the_reference(seed, protocol, pairing, training, dtype, generator):
     space, inputs, batch = drawn_sizes(seed, protocol, pairing)
     network = scramble(space.hypernet(inputs).double(), generator).train(training)
@@ -125,10 +130,9 @@ def test_hypernet_is_the_reference(seed, protocol, pairing, training, dtype, gen
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("training", "dtype"), MODES, ids=["train", "eval", "train_float32"])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_found_network_is_the_reference(seed, protocol, training, dtype, generator):
     space, inputs, batch = drawn_sizes(seed, protocol, "shared")
     genotype = space.sample(inputs, generator)
@@ -142,3 +146,121 @@ def test_found_network_is_the_reference(seed, protocol, training, dtype, generat
         dtype,
         genotype,
     )
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_the_weight_half_step_has_the_same_weight_gradients_and_no_others(pairing, generator):
+    space, inputs, batch = drawn_sizes(3, "released_code", pairing)
+    network = scramble(space.hypernet(inputs).double(), generator)
+    features = features_of(inputs, batch, generator)
+
+    def gradients():
+        network.zero_grad()
+        network(features).embedding.square().sum().backward()
+        return {name: p.grad for name, p in network.named_parameters()}
+
+    everything = gradients()
+    with network.weights_only():
+        weights = gradients()
+    assert {name for name, gradient in weights.items() if gradient is None} == {
+        "arch.alpha",
+        "arch.beta",
+        "arch.gamma",
+    }
+    for name, gradient in weights.items():
+        if gradient is not None:
+            torch.testing.assert_close(gradient, everything[name], rtol=1e-12, atol=1e-12)
+    assert gradients()["arch.alpha"] is not None
+
+
+def test_the_weight_half_step_ends_with_an_error(generator):
+    space, inputs, _ = drawn_sizes(3, "released_code", "shared")
+    network = space.hypernet(inputs)
+    with pytest.raises(ZeroDivisionError), network.weights_only():
+        raise ZeroDivisionError
+    assert network.logits("alpha") is network.arch["alpha"]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_decided_hypernet_is_its_found_network(seed, protocol, training, generator):
+    """With two mixtures, logits far apart leave one candidate in each choice; it is also what is derived."""
+    space, inputs, batch = drawn_sizes(seed, protocol, "distinct")
+    genotype = space.sample(inputs, generator)
+    hypernet = scramble(space.hypernet(inputs).double(), generator).train(training)
+    found = space.build(genotype, inputs).double().train(training)
+    ours, theirs = named(found, genotype), named(hypernet)
+    assert ours.keys() <= theirs.keys()
+    with torch.no_grad():
+        for name, (tensor, _) in ours.items():
+            tensor.copy_(theirs[name][0])
+        for logits in hypernet.arch.values():
+            logits.zero_()
+        for i, cell in enumerate(genotype.cells):
+            names = [*inputs, *(f"cell.{c}" for c in range(i))]
+            for side, name in enumerate(cell.inputs):
+                hypernet.arch["alpha"][side, hypernet.edges[i]][names.index(name)] = 1e3
+            for m, step in enumerate(cell.steps):
+                for side, state in enumerate(step.inputs):
+                    hypernet.arch["beta"][i, side, hypernet.inner[m]][state] = 1e3
+                hypernet.arch["gamma"][i, m, list(space.ops).index(step.op)] = 1e3
+    features = features_of(inputs, batch, generator)
+    torch.testing.assert_close(
+        hypernet(features).embedding, found(features).embedding, rtol=1e-10, atol=1e-10
+    )
+    derived = hypernet.derive()
+    assert derived.genotype == genotype
+    assert list(derived.margins.values()) == pytest.approx([1.0] * len(derived.margins))
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_running_statistics_move_as_in_the_plain_hypernet(pairing, generator):
+    space = FusionSpace(2, 2, 3, 4, 0.0, cell_outputs=2, attention_dropout=0.0, pairing=pairing)
+    inputs = {"image.0": InputInfo((5, 4), "image"), "text.0": InputInfo((2, 1), "text")}
+    network = scramble(space.hypernet(inputs), generator)
+    plain = PlainHypernet(
+        {name: info.shape for name, info in inputs.items()}, 3, 4, 2, 2, 0.0, pairing, 2, 2, 0.0
+    )
+    plain.load(reference_tensors(network))
+    ours, theirs = (
+        [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d)] for model in (network, plain)
+    )
+    assert len(ours) == len(theirs) == 2 + 2 * (2 * 2 + 1)
+    before = {name: m.running_var.clone() for name, m in network.named_modules() if hasattr(m, "running_var")}
+    for module in theirs:
+        module.reset_running_stats()
+    for module in ours:
+        module.reset_running_stats()
+    for _ in range(2):
+        features = features_of(inputs, 3, generator, torch.float32)
+        torch.testing.assert_close(network(features).embedding, plain(features), rtol=1e-4, atol=1e-5)
+    key = lambda m: (m.num_features, *m.weight.tolist())  # noqa: E731
+    for mine, other in zip(sorted(ours, key=key), sorted(theirs, key=key), strict=True):
+        assert torch.equal(mine.weight, other.weight)
+        torch.testing.assert_close(mine.running_mean, other.running_mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine.running_var, other.running_var, rtol=1e-4, atol=1e-5)
+        assert mine.num_batches_tracked == other.num_batches_tracked == 2
+    assert len(before) == len(ours)
+
+
+def test_a_missing_modality_reads_as_zero(generator):
+    space, inputs, batch = drawn_sizes(2, "released_code", "distinct")
+    inputs["text.0"] = InputInfo((3, 1), "text")
+    network = space.hypernet(inputs).eval()
+    features = features_of(inputs, batch, generator, torch.float32)
+    present = {"text": torch.arange(batch) > 0}
+    zeroed = dict(features, **{"text.0": features["text.0"].clone()})
+    zeroed["text.0"][0] = 0
+    assert torch.equal(network(features, present).embedding, network(zeroed).embedding)
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_mixing_weights_have_a_name_each(pairing):
+    space, inputs, _ = drawn_sizes(1, "released_code", pairing)
+    network = space.hypernet(inputs)
+    mixing, names = network.mixing(), network.choice_names()
+    assert mixing.keys() == names.keys() == {"alpha", "beta", "gamma"}
+    for key, weights in mixing.items():
+        assert len(names[key]) == len(set(names[key])) == weights.numel()
+    assert network.info.embedding == space.head_cells * space.channels * space.length

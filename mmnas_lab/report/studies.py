@@ -1,0 +1,344 @@
+"""The two studies on real posters as tables and figures, from the rows under `results/` alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mmnas_lab.report.tables import Interval, markdown_table, mean_interval, paired_interval
+from mmnas_lab.stage import atomically
+from mmnas_lab.study_rows import append, read_rows
+
+Key = tuple[str, str, float]  # network, pretraining, labelled share
+
+POSTERS = "ssl_nas_posters.jsonl"
+SKLEARN = "ssl_nas_posters_sklearn.jsonl"
+NETWORKS = {"ssl_nas_mmimdb": "found, NT-Xent search", "bm_nas_mmimdb": "found, supervised search"}
+BASELINES = {
+    "random_genotype": "random genotype",
+    "text": "text only",
+    "image": "poster only",
+    "two_stream": "two-stream",
+    "late_fusion": "late fusion",
+}
+SCRATCH, PRETRAINED = "from scratch", "pretrained"
+
+
+def collect_posters(outputs: Path, results: Path) -> int:
+    """Add finished runs of the sweep to the rows; gives the number of new rows.
+
+    A row is one record without its per-class figures, drawings and stage keys.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    have = {_identity(row) for row in read_rows(results / POSTERS)}
+    new = 0
+    for path in sorted(outputs.glob("*_mmimdb/*/seed_*/record.json")):
+        record = json.loads(path.read_text())
+        if record["experiment"] not in NETWORKS or "test" not in record["metrics"]:
+            continue
+        config = (path.parent / "config.yaml").read_text()
+        row = _row(record, config)
+        if row is not None and _identity(row) not in have:
+            append(results / POSTERS, row)
+            have.add(_identity(row))
+            new += 1
+    return new
+
+
+def _row(record: Mapping[str, Any], config_text: str) -> dict[str, Any] | None:
+    import yaml
+
+    config = yaml.safe_load(config_text)
+    if config["scale"] != "cpu" or config["strategy"]["_target_"].rsplit(".", 1)[-1] != "Bilevel":
+        return None
+
+    def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
+        return {split: round(metrics[split]["f1_weighted"], 6) for split in ("val", "test")}
+
+    environment = record["environment"]
+    return {
+        "experiment": record["experiment"],
+        "pretrain_epochs": config["pretrain"]["epochs"],
+        "labelled_share": config["labelled_share"],
+        "seed": record["seed"],
+        "found": scores(record["metrics"]),
+        "baselines": {name: scores(metrics) for name, metrics in record["baselines"].items()},
+        "random_draws": [
+            scores(draw) for draw in record["baselines"].get("random_genotype", {}).get("draws", [])
+        ],
+        "genotype": record["genotype"],
+        "margins": record["margins"],
+        "command": _without_paths(environment["command"]),
+        "commit": environment["commit"],
+        "data": record["data"]["fingerprint"][:16],
+        "labelled": record["data"]["labelled"],
+        "hardware": f"{environment['hardware']['processor']}, {environment['hardware']['cores']} cores",
+    }
+
+
+def _without_paths(command: str) -> str:
+    words = [
+        f"{word.split('=', 1)[0]}=<movie_posters>" if word.startswith("dataset.path=") else word
+        for word in command.split()
+        if not word.startswith("output=")
+    ]
+    return " ".join(words)
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["experiment"], row["pretrain_epochs"] > 0, row["labelled_share"], row["seed"]
+
+
+def poster_scores(rows: Sequence[Mapping[str, Any]]) -> dict[Key, dict[int, float]]:
+    """Test F1-W by seed of every network, with and without pretraining, at every labelled share."""
+    scores: dict[Key, dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        recipe = PRETRAINED if row["pretrain_epochs"] else SCRATCH
+        share, seed = row["labelled_share"], row["seed"]
+        scores[NETWORKS[row["experiment"]], recipe, share][seed] = row["found"]["test"]
+        for name, metrics in row["baselines"].items():
+            scores[BASELINES[name], recipe, share][seed] = metrics["test"]
+    return scores
+
+
+def report_posters(results: Path) -> list[Path]:
+    """`ssl_nas_posters.md` and `.png`: levels, the effect of search and the effect of pretraining."""
+    rows = read_rows(results / POSTERS)
+    if not rows:
+        return []
+    scores = poster_scores(rows)
+    shares = sorted({share for _, _, share in scores})
+    names = [*NETWORKS.values(), *BASELINES.values()]
+    levels = [
+        {"network": name, "training": recipe}
+        | {
+            f"r = {share:g}": _plus_minus(list(scores.get((name, recipe, share), {}).values()))
+            for share in shares
+        }
+        for name in names
+        for recipe in (SCRATCH, PRETRAINED)
+        if any((name, recipe, share) in scores for share in shares)
+    ]
+    for name, by_share in _sklearn_levels(results).items():
+        levels.append(
+            {"network": name, "training": "scikit-learn"}
+            | {f"r = {share:g}": _plus_minus(by_share.get(share, [])) for share in shares}
+        )
+    label_free, supervised = NETWORKS.values()
+    search_effects = [
+        {"contrast": f"{a} - {b}, {recipe}"}
+        | {f"r = {share:g}": _difference(scores, (a, recipe), (b, recipe), share) for share in shares}
+        for a, b in (
+            (label_free, supervised),
+            (label_free, "random genotype"),
+            (supervised, "random genotype"),
+            (label_free, "late fusion"),
+            (label_free, "text only"),
+        )
+        for recipe in (SCRATCH, PRETRAINED)
+    ]
+    pretraining_effects = [
+        {"network": name}
+        | {
+            f"r = {share:g}": _difference(scores, (name, PRETRAINED), (name, SCRATCH), share)
+            for share in shares
+        }
+        for name in names
+    ]
+    columns = [f"r = {share:g}" for share in shares]
+    seeds = sorted({row["seed"] for row in rows})
+    text = "\n".join(
+        [
+            "# SSL-NAS and BM-NAS on a few thousand posters (our own small-scale study)",
+            "",
+            "2,401 training movies, frozen EfficientNet-Lite0 and MiniLM features, `scale=cpu`: not MM-IMDB, not the papers'",
+            "scale, and not to be set beside their figures. Test F1-W (fraction), selected on val, threshold 0.3.",
+            "",
+            f"Command: `python run.py -m sweep=ssl_nas_posters dataset.path=<movie_posters>`; seeds {', '.join(map(str, seeds))} ",
+            f"(subset, initialisation, order); hardware {rows[-1]['hardware']}; commits "
+            f"{', '.join(sorted({str(row['commit'])[:12] for row in rows}))}; data {rows[-1]['data']}.",
+            "",
+            "## Levels: mean over seeds +- half width of the 95 % interval",
+            "",
+            markdown_table(levels, ["network", "training", *columns]),
+            "",
+            "## Effect of the search: paired differences over seeds, in points, with the 95 % interval",
+            "",
+            markdown_table(search_effects, ["contrast", *columns]),
+            "",
+            "## Effect of contrastive pretraining, in points, with the 95 % interval",
+            "",
+            markdown_table(pretraining_effects, ["network", *columns]),
+            "",
+        ]
+    )
+    return [
+        _write(results / "ssl_nas_posters.md", text),
+        _figure(results / "ssl_nas_posters.png", scores, shares),
+    ]
+
+
+def _sklearn_levels(results: Path) -> dict[str, dict[float, list[float]]]:
+    levels: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in read_rows(results / SKLEARN):
+        levels[f"logistic regression, {row['model']}"][row["labelled_share"]].append(row["test"])
+    return levels
+
+
+def _plus_minus(values: Sequence[float]) -> str | None:
+    if not values:
+        return None
+    interval = mean_interval(values)
+    half = "" if math.isnan(interval.low) else f" ± {interval.mean - interval.low:.3f}"
+    return f"{interval.mean:.3f}{half}"
+
+
+def _difference(
+    scores: Mapping[Key, Mapping[int, float]], a: tuple[str, str], b: tuple[str, str], share: float
+) -> str | None:
+    first, second = scores.get((*a, share), {}), scores.get((*b, share), {})
+    seeds = sorted(set(first) & set(second))
+    if not seeds:
+        return None
+    return verdict(paired_interval([100 * first[s] for s in seeds], [100 * second[s] for s in seeds]))
+
+
+def verdict(points: Interval) -> str:
+    """A difference in points with its interval, and what may be said of it.
+
+    An interval off zero is an effect, one inside +-1 point is none, all else is undecided.
+    """
+    if math.isnan(points.low):
+        return f"{points.mean:+.1f} (one seed)"
+    if points.low > 0 or points.high < 0:
+        said = "effect"
+    elif points.low >= -1 and points.high <= 1:
+        said = "no effect"
+    else:
+        said = "undecided"
+    return f"{points.mean:+.1f} [{points.low:+.1f}, {points.high:+.1f}] {said}"
+
+
+def _figure(path: Path, scores: Mapping[Key, Mapping[int, float]], shares: Sequence[float]) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    colours = ["#000000", "#D55E00", "#999999", "#E69F00", "#0072B2", "#009E73", "#CC79A7"]
+    names = [*NETWORKS.values(), *BASELINES.values()]
+    for ax, recipe in zip(axes, (SCRATCH, PRETRAINED), strict=True):
+        for k, (name, colour) in enumerate(zip(names, colours, strict=True)):
+            values = [list(scores.get((name, recipe, share), {}).values()) for share in shares]
+            if not any(values):
+                continue
+            x = [share * 1.02 ** (k - 3) for share in shares]
+            intervals = [mean_interval(v) if v else Interval(math.nan, math.nan, math.nan) for v in values]
+            half = [i.mean - i.low if not math.isnan(i.low) else 0.0 for i in intervals]
+            bold = name in NETWORKS.values()
+            ax.errorbar(
+                x,
+                [i.mean for i in intervals],
+                half,
+                label=name,
+                color=colour,
+                marker="o",
+                markersize=4,
+                linewidth=2.2 if bold else 1.1,
+                capsize=2,
+                zorder=3 if bold else 2,
+            )
+        ax.set_xscale("log")
+        ax.set_xticks(shares, [f"{share:g}" for share in shares])
+        ax.minorticks_off()
+        ax.set_xlabel("labelled share r (of 2,401 training movies)")
+        ax.set_title(recipe, fontsize=11)
+        ax.grid(axis="y", color="#e5e5e5")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("test F1-W (mean, 95 % interval)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def report_fusion_table(results: Path) -> list[Path]:
+    """`fusion_table.md`: the landscape of all single-cell genotypes, and where searches land in it."""
+    rows = read_rows(results / "fusion_table.jsonl")
+    searches = read_rows(results / "fusion_table_searches.jsonl")
+    first = {row["genotype"]: row for row in rows if row["seed"] == 0}
+    if not first:
+        return []
+    fresh: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["seed"] != 0:
+            fresh[row["genotype"]].append(row)
+    ranked = sorted(first, key=lambda name: -first[name]["test"])
+    rank = {name: k + 1 for k, name in enumerate(ranked)}
+    repeated = {name: fmean(row["test"] for row in some) for name, some in fresh.items()}
+    repeated_val = {name: fmean(row["val"] for row in some) for name, some in fresh.items()}
+    mean_of_all = fmean(row["test"] for row in first.values())
+    best = max(repeated.values(), default=max(row["test"] for row in first.values()))
+    best_val = max(repeated_val.values(), default=max(row["val"] for row in first.values()))
+    table = [
+        {
+            "genotype (x, y, operation)": name,
+            "test, 5 seeds": _plus_minus([row["test"] for row in fresh[name]]),
+            "val, 5 seeds": _plus_minus([row["val"] for row in fresh[name]]),
+            "test, seed 0": f"{first[name]['test']:.3f}",
+            "rank of 224 (test, seed 0)": rank[name],
+        }
+        for name in sorted(repeated, key=lambda name: -repeated[name])
+    ]
+    found = [
+        {
+            "search": row["search"],
+            "pairing": row["pairing"],
+            "seed": row["seed"],
+            "genotype": row["genotype"],
+            "rank (test, seed 0)": rank.get(row["genotype"]),
+            "regret on test (points)": _regret(repeated, row["genotype"], best),
+            "regret on val (points)": _regret(repeated_val, row["genotype"], best_val),
+            "above random": repeated.get(row["genotype"], 0) > mean_of_all,
+            "margin of inputs": f"{row['margins']['cell.0.inputs']:.4f}",
+        }
+        for row in sorted(searches, key=lambda row: (row["search"], row["pairing"], row["seed"]))
+    ]
+    text = "\n".join(
+        [
+            "# Every single-cell fusion genotype of the posters (our own small-scale study)",
+            "",
+            f"{len(first)} genotypes (N = 1, M = 1, ordered pairs of 8 features x 4 operations), r = 0.3 of 2,401 training",
+            "movies, from scratch, `scale=cpu`; test F1-W, selected on val. Ranks on test tell the landscape and choose",
+            "nothing. Regret: points below the best five-seed mean.",
+            "",
+            f"Command: `make fusion-table POSTERS=<movie_posters>`; hardware {rows[-1]['hardware']}; commits "
+            f"{', '.join(sorted({str(row['commit'])[:12] for row in rows}))}; data {rows[-1]['data']}.",
+            "",
+            f"All genotypes, one seed: mean {mean_of_all:.3f}, best {first[ranked[0]]['test']:.3f} {ranked[0]}, worst "
+            f"{first[ranked[-1]]['test']:.3f} {ranked[-1]}.",
+            "",
+            "## Where searches land",
+            "",
+            markdown_table(found, list(found[0])) if found else "No search yet.",
+            "",
+            "## The best on val, and the searched ones, with five fresh seeds",
+            "",
+            markdown_table(table, list(table[0])) if table else "No repeated genotype yet.",
+            "",
+        ]
+    )
+    return [_write(results / "fusion_table.md", text)]
+
+
+def _regret(means: Mapping[str, float], name: str, best: float) -> str | None:
+    return f"{100 * (best - means[name]):.1f}" if name in means else None
+
+
+def _write(path: Path, text: str) -> Path:
+    with atomically(path) as file:
+        file.write(text.encode())
+    return path

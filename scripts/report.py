@@ -1,0 +1,31 @@
+"""Tables and figures of the studies under `results/`, made from their rows alone.
+
+python scripts/report.py results                 (tables and figures from the rows that are there)
+python scripts/report.py results --collect outputs   (first add the runs of a sweep to the rows)
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from mmnas_lab.report.studies import collect_posters, report_fusion_table, report_posters
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--collect", type=Path, help="output folder of the runs to add")
+    arguments = parser.parse_args()
+    if arguments.collect is not None:
+        print(f"{collect_posters(arguments.collect, arguments.results)} new rows")
+    for write in (report_posters, report_fusion_table):
+        for path in write(arguments.results):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

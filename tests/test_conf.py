@@ -1,0 +1,90 @@
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from mmnas_lab.build import GROUPS, check_config, check_schema, parameter_names, target
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+SNAPSHOTS = ROOT / "tests/snapshots/experiment"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("[!_]*.yaml"))
+SCALES = sorted(path.stem for path in (CONF / "scale").glob("*.yaml"))
+CHOICES = sorted((group, path.stem) for group in GROUPS for path in (CONF / group).glob("*.yaml"))
+GENOTYPE = "strategy.genotype=genotype.json"
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        values: Any = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+    return values
+
+
+def targets(node: Any) -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    here = [node["_target_"]] if "_target_" in node else []
+    return here + [name for value in node.values() for name in targets(value)]
+
+
+def test_the_walk_found_some():
+    assert len(EXPERIMENTS) >= 4
+    assert {"cpu", "paper", "smoke"} <= set(SCALES)
+    assert {group for group, _ in CHOICES} == set(GROUPS)
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_mirrors_the_package_and_composes(group, choice):
+    node = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
+    names = targets(node)
+    assert "_target_" in node
+    assert all(name.startswith(f"mmnas_lab.{group}.") for name in names)
+    overrides = [f"{group}={choice}", *([GENOTYPE] if choice == "fixed" else [])]
+    check_config(composed(*overrides))
+    for name in names:
+        read = parameter_names(name)
+        signature = inspect.signature(target({"_target_": name}, group)).parameters
+        assert read is None or read == list(signature)
+
+
+@pytest.mark.parametrize("group", ["trainer", "logger", "launcher", "scale"])
+def test_every_choice_without_a_class_composes(group):
+    choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    assert choices
+    for choice in choices:
+        check_config(composed(f"{group}={choice}"))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_at_every_scale(experiment, scale):
+    values = composed(f"experiment={experiment}", f"scale={scale}")
+    config = check_config(values)
+    check_schema(values)
+    assert (config.experiment, config.scale) == (experiment, scale)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_composed_configuration_is_the_reviewed_one(experiment):
+    text = yaml.safe_dump(composed(f"experiment={experiment}"), sort_keys=False, allow_unicode=True)
+    snapshot = SNAPSHOTS / f"{experiment}.yaml"
+    if os.environ.get("MMNAS_UPDATE_SNAPSHOTS"):
+        snapshot.parent.mkdir(parents=True, exist_ok=True)
+        snapshot.write_text(text)
+    assert snapshot.read_text() == text, "MMNAS_UPDATE_SNAPSHOTS=1 pytest tests/test_conf.py takes this over"
+
+
+def test_no_snapshot_is_left_over():
+    assert sorted(path.stem for path in SNAPSHOTS.iterdir()) == EXPERIMENTS
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+def test_every_file_says_first_what_it_is(path):
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+    assert lines[0].startswith("# ")
+    assert len(lines[0].split()) > 2

@@ -1,0 +1,27 @@
+import pytest
+import torch
+
+from mmnas_lab.randomness import generator, seed_of
+
+
+def test_an_address_has_one_seed_for_good():
+    assert seed_of(0, "search", 3) == seed_of(0, "search", 3)
+    assert 0 <= seed_of(0, "search", 3) < 2**63
+    assert seed_of(0, "search", 3) == 8314761773436846649, (
+        "another value makes every recorded run irreproducible"
+    )
+
+
+@pytest.mark.parametrize(
+    "other", [(1, "a", 2), (0, "b", 2), (0, "a", 3), (0, "a", "2"), ("0", "a", 2), (0, "a"), (0, "a2")]
+)
+def test_different_addresses_have_different_seeds(other):
+    assert seed_of(*other) != seed_of(0, "a", 2)
+
+
+def test_draws_do_not_depend_on_what_came_before():
+    first = torch.rand(5, generator=generator(0, "a", 2))
+    torch.rand(3)
+    state = torch.get_rng_state()
+    assert torch.equal(torch.rand(5, generator=generator(0, "a", 2)), first)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was drawn from"
