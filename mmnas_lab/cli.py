@@ -57,6 +57,8 @@ class _RanksFailed(Exception):
 
 def main() -> None:
     """Run what the command line asks for, and exit with the code that fits."""
+    overrides = [a for a in sys.argv[1:] if a.startswith("~") or ("=" in a and not a.startswith("-"))]
+    sys.argv[1:] = [a for a in sys.argv[1:] if a not in overrides] + overrides  # Hydra wants options first
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(help_text())

@@ -34,7 +34,12 @@ class RawSource:
     infos: InputInfos = {}
 
     def __init__(
-        self, dataset: LabelFree, split: Split, modality: str, view: ViewFamily, tensors: Callable[[list[Any]], Inputs]
+        self,
+        dataset: LabelFree,
+        split: Split,
+        modality: str,
+        view: ViewFamily,
+        tensors: Callable[[list[Any]], Inputs],
     ) -> None:
         self.dataset, self.split, self.modality = dataset, split, modality
         self.view, self.tensors = view, tensors
@@ -130,7 +135,9 @@ def _pretrain(
     torch.manual_seed(seed_of(*address, "init"))
     encoder.load()
     network = encoder.network()
-    sources = {split: RawSource(dataset, split, modality, view, encoder.tensors) for split in ("train", "val")}
+    sources = {
+        split: RawSource(dataset, split, modality, view, encoder.tensors) for split in ("train", "val")
+    }
     trained = train(
         network,
         objective(network.info),

@@ -108,17 +108,25 @@ class Experiment:
 
         def compute(folder: Path) -> None:
             if distributed.rank() == 0:
-                bad = {split: {str(k): why for k, why in dataset.unreadable(split).items()} for split in SPLITS}
+                bad = {
+                    split: {str(k): why for k, why in dataset.unreadable(split).items()} for split in SPLITS
+                }
                 write_json(folder / "unreadable.json", bad)
 
-        result = stage(self.root, "data", dataset.name, VERSIONS["data"], {}, {"data": dataset.fingerprint()}, compute)
+        result = stage(
+            self.root, "data", dataset.name, VERSIONS["data"], {}, {"data": dataset.fingerprint()}, compute
+        )
         bad = json.loads((result.folder / "unreadable.json").read_text())
         lines = [
-            f"  {split} {dataset.ids(split)[int(k)]}: {why}" for split in SPLITS for k, why in bad[split].items()
+            f"  {split} {dataset.ids(split)[int(k)]}: {why}"
+            for split in SPLITS
+            for k, why in bad[split].items()
         ]
         if lines and dataset.on_bad_sample == "stop":
             raise InputError(
-                f"{len(lines)} samples of dataset '{dataset.name}' cannot be read:\n" + "\n".join(lines) + "\n"
+                f"{len(lines)} samples of dataset '{dataset.name}' cannot be read:\n"
+                + "\n".join(lines)
+                + "\n"
                 "repair or remove them, or leave them out with dataset.on_bad_sample=skip"
             )
         if lines:
@@ -256,7 +264,9 @@ class Experiment:
 
     def genotype(self) -> Any:
         """The genotype that the search found."""
-        return self.space.parse(json.loads((self.search().folder / "genotype.json").read_text()), self.cache.infos)
+        return self.space.parse(
+            json.loads((self.search().folder / "genotype.json").read_text()), self.cache.infos
+        )
 
     def pretrain(self, genotype: Any, name: str) -> StageResult | None:
         """Contrastive, label-free pretraining of a network; None where `pretrain.epochs` is 0."""
@@ -312,11 +322,18 @@ class Experiment:
             source: Source = self.source("train", self.labelled_rows, True, names, settings.views)
             held: Split | None = "val"
             if settings.on == "train_val":
-                source, held = JoinedSource(source, self.source("val", None, True, names, settings.views)), None
+                source, held = (
+                    JoinedSource(source, self.source("val", None, True, names, settings.views)),
+                    None,
+                )
             if config.test.select == "best_test":
                 held = "test"
             batches = Batches(
-                source, DrawMixed(settings.view_probability), settings.batch_size, (*address, "batches"), whole=False
+                source,
+                DrawMixed(settings.view_probability),
+                settings.batch_size,
+                (*address, "batches"),
+                whole=False,
             )
             evaluation = None
             if held is not None:
@@ -369,8 +386,10 @@ class Experiment:
             scored.load_state_dict({k: v for k, v in state.items() if not k.startswith("standardisation.")})
             scored.to(self.runtime.device)
             names = self._feature_names(genotype)
-            logits = {f"{split}.logits": predict(scored, self.source(split, None, True, names), 1024)
-                      for split in ("val", "test")}
+            logits = {
+                f"{split}.logits": predict(scored, self.source(split, None, True, names), 1024)
+                for split in ("val", "test")
+            }
             if distributed.rank() == 0:
                 metrics = {split: self._scores(logits[f"{split}.logits"], split) for split in ("val", "test")}
                 save_file(logits, folder / "predictions.safetensors")
@@ -516,5 +535,3 @@ def read_history(folder: Path) -> list[Point]:
     """What `write_history` wrote."""
     path = folder / "history.json"
     return [Point(*point) for point in json.loads(path.read_text())] if path.exists() else []
-
-

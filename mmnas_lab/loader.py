@@ -74,7 +74,9 @@ class Batches:
         self, source: Source, draw: Draw, batch_size: int, address: tuple[int | str, ...], whole: bool
     ) -> None:
         if len(source) == 0:
-            raise InputError(f"no sample to draw from in {address[1]}; use more data or a larger labelled_share")
+            raise InputError(
+                f"no sample to draw from in {address[1]}; use more data or a larger labelled_share"
+            )
         if whole and batch_size > len(source):
             raise InputError(
                 f"{address[1]}: batch_size={batch_size} is larger than the {len(source)} samples it draws from; "
@@ -163,7 +165,10 @@ class JoinedSource:
         batches = [take(source, rows) for source, rows in parts if len(rows)]
         order = torch.argsort(torch.cat([inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]]))
         views = tuple(
-            {name: torch.cat([batch.views[v][name] for batch in batches])[order] for name in batches[0].views[v]}
+            {
+                name: torch.cat([batch.views[v][name] for batch in batches])[order]
+                for name in batches[0].views[v]
+            }
             for v in range(len(batches[0].views))
         )
         if batches[0].labels is None:

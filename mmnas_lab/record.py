@@ -33,7 +33,9 @@ def run_folder(config: Config, fingerprint: str) -> Path:
         settings["trainer"].pop(key, None)
     settings["dataset"].pop("path", None)
     key = digest({"settings": settings, "data": fingerprint})
-    slug = f"{config.scale}_r{config.labelled_share:g}_{config.strategy['_target_'].rsplit('.', 1)[-1].lower()}"
+    slug = (
+        f"{config.scale}_r{config.labelled_share:g}_{config.strategy['_target_'].rsplit('.', 1)[-1].lower()}"
+    )
     return Path(config.output) / config.experiment / f"{slug}-{key[:8]}" / f"seed_{config.seed}"
 
 

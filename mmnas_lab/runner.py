@@ -22,7 +22,14 @@ from mmnas_lab.types import InputError
 
 log = logging.getLogger(__name__)
 
-_LIBRARY_LOGS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "timm", "transformers", "httpx")
+_LIBRARY_LOGS = (
+    "lightning.pytorch",
+    "lightning.fabric",
+    "pytorch_lightning",
+    "timm",
+    "transformers",
+    "httpx",
+)
 
 
 def run(values: dict[str, Any], overrides: Sequence[str] = ()) -> Path:
@@ -136,7 +143,15 @@ def loggers(config: Config, folder: Path) -> list[Any]:
         name = f"{config.experiment}_{folder.parent.name}_seed_{config.seed}"
         mode = config.logger.mode
         return [
-            WandbRun(folder, config.logger.project, name, config.model_dump(), mode, config.experiment, [config.scale])
+            WandbRun(
+                folder,
+                config.logger.project,
+                name,
+                config.model_dump(),
+                mode,
+                config.experiment,
+                [config.scale],
+            )
         ]
     if config.logger.name == "tensorboard":
         from mmnas_lab.report.tensorboard_run import TensorBoardRun

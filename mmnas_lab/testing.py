@@ -27,7 +27,9 @@ def predict(scored: Scored, source: Source, batch_size: int) -> Tensor:
     return torch.cat([parts[i % world][i // world] for i in range(count)])
 
 
-def score(logits: Tensor, labels: Tensor, task: Task, threshold: float, classes: tuple[str, ...]) -> dict[str, Any]:
+def score(
+    logits: Tensor, labels: Tensor, task: Task, threshold: float, classes: tuple[str, ...]
+) -> dict[str, Any]:
     """All metrics of logits, with `per_class` F1 by class name."""
     metrics: dict[str, Any] = dict(classification_metrics(logits, labels, task, threshold))
     metrics["per_class"] = per_class_f1(logits, labels, task, threshold, classes)

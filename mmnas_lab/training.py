@@ -72,7 +72,9 @@ class Runtime:
         strategy: Any = "auto"
         if self.devices > 1:
             backend = "nccl" if self.accelerator == "gpu" else "gloo"
-            strategy = DDPStrategy(process_group_backend=backend, timeout=timedelta(seconds=self.timeout_seconds))
+            strategy = DDPStrategy(
+                process_group_backend=backend, timeout=timedelta(seconds=self.timeout_seconds)
+            )
         return pl.Trainer(
             accelerator=self.accelerator,
             devices=self.devices,
@@ -169,7 +171,9 @@ class Fit(pl.LightningModule):
             optimizers = self.trainer.optimizers
             for optimizer, state in zip(optimizers, self._restored["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            for config, state in zip(self.trainer.lr_scheduler_configs, self._restored["schedulers"], strict=True):
+            for config, state in zip(
+                self.trainer.lr_scheduler_configs, self._restored["schedulers"], strict=True
+            ):
                 config.scheduler.load_state_dict(state)
             self._restored = None
         self.step_address = seed_of(*self.address, "step")
@@ -252,7 +256,9 @@ class Fit(pl.LightningModule):
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             self.scored.load_state_dict(state["scored"])
         except Exception as error:  # torch raises three unrelated types for a damaged file
-            log.warning("save point %s cannot be read (%s): %s starts again", self.save_point, error, self.label)
+            log.warning(
+                "save point %s cannot be read (%s): %s starts again", self.save_point, error, self.label
+            )
             return
         self._restored = state
         self._done = state["done"]

@@ -38,9 +38,9 @@ BASE = [
 FRESH_SEEDS = (1, 2, 3, 4, 5)
 TOP = 20
 SEARCHES = {
-    "supervised": ["objective=supervised", "search.views.drop_modality=0", "search.views.dropout=0"],
-    "nt_xent, plain views": ["objective=nt_xent", "search.views.drop_modality=0"],
-    "nt_xent, modality-dropping views": ["objective=nt_xent", "search.views.drop_modality=0.33"],
+    "supervised": ["experiment=bm_nas_mmimdb"],
+    "nt_xent, plain views": ["search.views.drop_modality=0"],
+    "nt_xent, modality-dropping views": [],
 }
 
 

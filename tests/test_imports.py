@@ -25,6 +25,7 @@ ORDER = [
     "encoder_training",
     "strategy",
     "record",
+    "study_rows",
     "report",
     "experiment",
     "predict",

@@ -159,7 +159,7 @@ def test_a_given_genotype_is_trained_without_a_search(quickstart, started):
 
 
 def test_random_search(started):
-    place, record = started
+    place, _ = started
     options = ["strategy=random", "strategy.draws=2", "strategy.epochs=1"]
     drawn = record_of(place, succeed(*ALONE, *options, cwd=place))
     assert drawn["selection"]["search"]["draws"] == 2
@@ -169,7 +169,7 @@ def test_random_search(started):
 
 
 def test_bm_nas_reads_labels_in_its_search(started):
-    place, record = started
+    place, _ = started
     supervised = record_of(place, succeed(*ALONE, "experiment=bm_nas_movies", cwd=place))
     assert not supervised["label_free"]
     assert set(supervised["stages"]) == {"features", "search", "train", "test"}

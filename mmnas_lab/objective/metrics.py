@@ -17,7 +17,11 @@ def classification_metrics(logits: Tensor, labels: Tensor, task: Task, threshold
     where sigmoid(logit) > threshold; zero where a class or sample has neither labels nor predictions.
     One class: accuracy, F1 macro and weighted.
     """
-    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score, multilabel_f1_score
+    from torchmetrics.functional.classification import (
+        multiclass_accuracy,
+        multiclass_f1_score,
+        multilabel_f1_score,
+    )
 
     classes = logits.shape[1]
     if task == "multiclass":

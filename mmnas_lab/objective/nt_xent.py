@@ -33,7 +33,9 @@ def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
     if temperature <= 0:
         raise ValueError(f"nt_xent needs temperature > 0, got {temperature}")
     if z_a.shape != z_b.shape:
-        raise ValueError(f"nt_xent needs two views of one shape, got {tuple(z_a.shape)} and {tuple(z_b.shape)}")
+        raise ValueError(
+            f"nt_xent needs two views of one shape, got {tuple(z_a.shape)} and {tuple(z_b.shape)}"
+        )
     batch = z_a.shape[0]
     anchors = torch.cat([F.normalize(z_a, dim=-1), F.normalize(z_b, dim=-1)])  # (2B, D)
     others = distributed.gather_with_grad(anchors)  # (W 2B, D), rank by rank
@@ -99,13 +101,14 @@ class NTXent(Objective):
         times sqrt(D), which is 1 for embeddings spread over the sphere and 0 for collapsed ones.
         """
         names = ("loss", "alignment", "uniformity", "embedding_std")
-        total = torch.zeros(len(names) + 1, dtype=torch.float64)
+        device = self.projector[0].weight.device  # where ranks without a batch sum as well
+        total = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
         for batch in batches:
             z_a, z_b = (F.normalize(z, dim=-1) for z in self.project(run, batch))
             spread = z_a.std(0).mean() * z_a.shape[1] ** 0.5 if len(z_a) > 1 else z_a.new_zeros(())
             loss = _local_nt_xent(z_a, z_b, self.temperature)
             values = torch.stack([loss, alignment(z_a, z_b), uniformity(z_a), spread])
-            total[:-1] += values.double().cpu()
+            total[:-1] += values.double()
             total[-1] += 1
         if distributed.world_size() > 1:
             dist.all_reduce(total)

@@ -82,7 +82,7 @@ class Supervised(Objective):
     def evaluate(self, run: Run, batches: Iterable[Batch]) -> dict[str, float]:
         logits, labels = self.predict(run, batches)
         if distributed.world_size() > 1:
-            everything = distributed.gather_objects((logits, labels))
+            everything = distributed.gather_objects((logits.cpu(), labels.cpu()))
             logits = torch.cat([part for part, _ in everything])
             labels = torch.cat([part for _, part in everything if len(part)])
         metrics = classification_metrics(logits, labels, self.task, self.threshold)

@@ -48,9 +48,9 @@ STYLE: dict[Any, Any] = {
 }
 
 # Inches. Every panel keeps room of its own for ticks and scale (left), labels (right), title and step.
-WIDTH, WIDEST_PLOT, PLOT_HEIGHT = 14.0, 5.0, 1.85
+WIDTH, WIDEST_PLOT, PLOT_HEIGHT = 14.0, 6.0, 1.85
 TICKS, SCALE, LABEL_GAP, EDGE = 0.62, 0.34, 0.07, 0.2
-ABOVE, BELOW, LEGEND_LINE, LEGEND_SAMPLE = 0.42, 0.52, 0.2, 0.6
+ABOVE, BELOW, LEGEND_LINE, LEGEND_SAMPLE = 0.36, 0.48, 0.2, 0.7
 ROW_PANELS = 4
 
 MONITORS = {
@@ -218,11 +218,12 @@ def _weight_panels(trace: dict[str, Any]) -> list[_Panel]:
         order = np.argsort(-weights[-1], kind="stable").tolist()
         order = [i for i in order if " none:" not in labels[i]]
         lines = [_Line(steps, weights[:, i].tolist(), FAINT, 0.7) for i in order[NAMED_WEIGHTS:]]
-        # Lines that coincide are both seen: the larger lies below and is wider.
-        for place, i in enumerate(order[:NAMED_WEIGHTS]):
-            line = _Line(steps, weights[:, i].tolist(), PALETTE[place], 2.8 - 0.6 * place)
-            line.label = _shortened(labels[i])
-            lines.append(line)
+        near = 0.02 * np.ptp(weights)
+        for place, i in enumerate(named := order[:NAMED_WEIGHTS]):
+            # Of lines that coincide the later is dashed, so that both are seen.
+            hides = any(np.abs(weights[:, i] - weights[:, j]).max() <= near for j in named[:place])
+            values, label = weights[:, i].tolist(), _shortened(labels[i])
+            lines.append(_Line(steps, values, PALETTE[place], 1.8, dashed=hides, label=label))
         panels.append(_Panel(f"Search: {name}" + (f" ({CHOICES[name]})" if name in CHOICES else ""), lines))
     return [panel for panel in panels if panel.lines]
 
@@ -262,7 +263,7 @@ def _run_styles(metrics: Metrics) -> dict[str, tuple[str, float]]:
 def _legend(metrics: Metrics) -> list[Line2D]:
     """An entry for the found network, each named baseline, and all random genotypes together."""
     entries: dict[str, Line2D] = {}
-    for run, (colour, width) in reversed(_run_styles(metrics).items()):
+    for run, (colour, width) in _run_styles(metrics).items():
         label = (
             "random genotypes" if run.startswith(RANDOM) else "found network" if run == FOUND else _plain(run)
         )
@@ -286,7 +287,7 @@ def _draw_panel(axes: Axes, panel: _Panel, width: float) -> None:
         if smooth is not line.values:
             axes.plot(line.steps, line.values, color=line.colour, linewidth=0.5, alpha=0.25)
         (drawn,) = axes.plot(line.steps, smooth, color=line.colour, linewidth=line.width, linestyle=dashes)
-        drawn.set(marker=marker, markersize=2.5 + line.width)
+        drawn.set(marker=marker, markersize=2.5 + line.width, fillstyle="none" if line.dashed else "full")
     axes.set_title(panel.title)
     axes.set_xlabel("step", labelpad=1)
     if panel.scale:
@@ -295,7 +296,7 @@ def _draw_panel(axes: Axes, panel: _Panel, width: float) -> None:
     axes.margins(x=0.02)
     axes.autoscale_view()
     steps = sorted({step for line in panel.lines for step in line.steps})
-    ticks = min(5, max(1, int(width / 0.55)))
+    ticks = min(5, max(1, int(width / 0.5)))
     axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True) if len(steps) > 1 else FixedLocator(steps))
     axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k" if step >= 10_000 else f"{step:g}")
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -305,14 +306,15 @@ def _draw_panel(axes: Axes, panel: _Panel, width: float) -> None:
 
 def _label_ends(axes: Axes, lines: list[_Line]) -> None:
     """Write labels right of the axes where their lines end, moved apart where these ends are close."""
+    if not lines:
+        return
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom, top)
     ends = sorted((_smoothed(line.values)[-1], i) for i, line in enumerate(lines))
-    offsets = 1.4 * SMALL / 72 / PLOT_HEIGHT * np.arange(len(ends))
+    line_height = 1.4 * SMALL / 72 / PLOT_HEIGHT
+    offsets = line_height * (0.5 + np.arange(len(ends)))
     wanted = (np.array([value for value, _ in ends]) - bottom) / (top - bottom) - offsets
-    heights = wanted
-    if len(ends):
-        heights = np.clip(isotonic_regression(wanted).x, 0.0, max(0.0, 1.0 - offsets[-1])) + offsets
+    heights = offsets + np.clip(isotonic_regression(wanted).x, 0.0, max(0.0, 1.0 - line_height * len(ends)))
     for height, (_, i) in zip(heights, ends, strict=True):
         axes.annotate(
             lines[i].label,

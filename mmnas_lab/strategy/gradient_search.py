@@ -203,8 +203,12 @@ class Bilevel:
             problem.runtime,
             folder / "search.ckpt",
             weights=weights,
-            architecture=Batches(problem.architecture, problem.draw, settings.batch_size, (*address, "arch"), whole),
-            held=FixedBatches(problem.architecture, problem.draw, settings.batch_size, (*address, "held"), whole),
+            architecture=Batches(
+                problem.architecture, problem.draw, settings.batch_size, (*address, "arch"), whole
+            ),
+            held=FixedBatches(
+                problem.architecture, problem.draw, settings.batch_size, (*address, "held"), whole
+            ),
             alternation=self.alternation,
         )
         module.run()
@@ -217,5 +221,3 @@ class Bilevel:
             module.history,
             trace,
         )
-
-

@@ -33,7 +33,9 @@ class Fixed:
     def __init__(self, genotype: str) -> None:
         path = Path(genotype)
         if not path.is_file():
-            raise InputError(f"strategy.genotype: no file '{genotype}'; give the genotype.json of a finished run")
+            raise InputError(
+                f"strategy.genotype: no file '{genotype}'; give the genotype.json of a finished run"
+            )
         try:
             self.data: dict[str, Any] = json.loads(path.read_text())
         except ValueError as error:
@@ -65,13 +67,17 @@ class Random:
 
     def __init__(self, draws: int = 8, epochs: int = 10, seconds: float | None = None) -> None:
         if draws < 1 or epochs < 1:
-            raise InputError(f"strategy.draws and strategy.epochs must be at least 1, got {draws} and {epochs}")
+            raise InputError(
+                f"strategy.draws and strategy.epochs must be at least 1, got {draws} and {epochs}"
+            )
         self.draws, self.epochs, self.seconds = draws, epochs, seconds
 
     def search(self, problem: Problem, folder: Path) -> SearchResult:
         """The draw with the lowest eval-mode loss on the architecture half."""
         store = folder / "draws.json"
-        results: list[dict[str, Any]] = distributed.broadcast(json.loads(store.read_text()) if store.exists() else [])
+        results: list[dict[str, Any]] = distributed.broadcast(
+            json.loads(store.read_text()) if store.exists() else []
+        )
         draw_from = generator(problem.seed, "search", "draws")
         started = time.monotonic() - sum(result["seconds"] for result in results)
         for number in range(self.draws):

@@ -80,7 +80,7 @@ class FusionHypernet(Hypernet):
         raise NotImplementedError
 
     def cell_inputs(self, i: int, sources: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """X and y of cell i among the S cell inputs."""
+        """The inputs x and y of cell i, among the S cell inputs."""
         raise NotImplementedError
 
     def _candidates(self, i: int) -> list[str]:

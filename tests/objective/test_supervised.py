@@ -1,0 +1,135 @@
+"""The classifier's loss is torch's, its scores are sklearn's, on one rank and two."""
+
+import pytest
+import torch
+from conftest import TinySource, on_ranks
+from sklearn import metrics as sklearn
+from torch import nn
+from torch.nn import functional as F
+
+from mmnas_lab.loader import FixedBatches, draw_clean
+from mmnas_lab.objective.metrics import classification_metrics, per_class_f1
+from mmnas_lab.objective.supervised import Supervised
+from mmnas_lab.types import Batch, InputError, Output
+
+CLASSES = ("a", "b", "c", "d")
+
+
+def labelled(kind, generator):
+    """Logits (n, 4) and multi-hot labels, with whatever makes scores degenerate."""
+    logits = 2 * torch.randn(30, 4, generator=generator)
+    labels = torch.rand(30, 4, generator=generator).gt(0.6).float()
+    if kind == "inside_0_1":
+        logits = torch.rand(30, 4, generator=generator)  # torchmetrics would take these for probabilities
+    if kind == "class_without_labels":
+        labels[:, 1] = 0
+    if kind == "class_without_labels_or_predictions":
+        labels[:, 1], logits[:, 1] = 0, -9
+    if kind == "class_never_predicted":
+        logits[:, 2] = -9
+    if kind == "sample_without_anything":
+        labels[:5], logits[:5] = 0, -9
+    if kind == "nothing_predicted":
+        logits[:] = -9
+    return logits, labels
+
+
+KINDS = [
+    "drawn",
+    "inside_0_1",
+    "class_without_labels",
+    "class_without_labels_or_predictions",
+    "class_never_predicted",
+    "sample_without_anything",
+    "nothing_predicted",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("threshold", [0.3, 0.5])
+def test_multilabel_scores_are_sklearns(kind, threshold, generator):
+    logits, labels = labelled(kind, generator)
+    predicted = torch.sigmoid(logits) > threshold
+    scores = classification_metrics(logits, labels, "multilabel", threshold)
+    assert scores.keys() == {"f1_weighted", "f1_micro", "f1_macro", "f1_samples"}
+    for name, value in scores.items():
+        expected = sklearn.f1_score(
+            labels.numpy(), predicted.numpy(), average=name.removeprefix("f1_"), zero_division=0
+        )
+        assert value == pytest.approx(expected, abs=1e-6), name
+    each = per_class_f1(logits, labels, "multilabel", threshold, CLASSES)
+    expected = sklearn.f1_score(labels.numpy(), predicted.numpy(), average=None, zero_division=0)
+    assert list(each) == list(CLASSES)
+    assert list(each.values()) == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("absent", [None, 2])
+def test_scores_of_one_class_are_sklearns(absent, generator):
+    logits = torch.randn(40, 4, generator=generator)
+    labels = torch.randint(0, 4, (40,), generator=generator)
+    if absent is not None:
+        labels[labels == absent] = 0
+        logits[:, absent] = -9
+    predicted = logits.argmax(1).numpy()
+    assert classification_metrics(logits, labels, "multiclass", 0.5) == pytest.approx(
+        {
+            "accuracy": sklearn.accuracy_score(labels, predicted),
+            "f1_macro": sklearn.f1_score(labels, predicted, average="macro"),
+            "f1_weighted": sklearn.f1_score(labels, predicted, average="weighted"),
+        },
+        abs=1e-6,
+    )
+    each = per_class_f1(logits, labels, "multiclass", 0.5, CLASSES)
+    expected = sklearn.f1_score(labels, predicted, average=None, labels=range(4), zero_division=0)
+    assert list(each.values()) == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("task", ["multilabel", "multiclass"])
+def test_loss_is_torchs(task, generator):
+    objective = Supervised(5, task, CLASSES, torch.zeros(4))
+    embedding = torch.randn(6, 5, generator=generator)
+    labels = torch.randint(0, 4, (6,), generator=generator)
+    expected = F.cross_entropy(objective.linear(embedding), labels)
+    if task == "multilabel":
+        labels = F.one_hot(labels, 4)
+        expected = -(
+            labels * F.logsigmoid(objective.linear(embedding))
+            + (1 - labels) * F.logsigmoid(-objective.linear(embedding))
+        ).mean()
+    losses = objective(lambda inputs: Output(inputs["x"], {}), Batch(({"x": embedding},), labels))
+    assert losses.total.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert losses.parts.keys() == {"loss"}
+    assert objective.selects == (("f1_weighted" if task == "multilabel" else "accuracy"), "max")
+
+
+def test_the_head_can_start_at_the_prior(generator):
+    prior = torch.tensor([-2.0, -1.0, 0.0, 1.0])
+    objective = Supervised(5, "multilabel", CLASSES, prior, prior_bias=True, weight_scale=0.0)
+    embedding = torch.randn(3, 5, generator=generator)
+    assert torch.equal(objective.logits(embedding), prior.expand(3, 4))
+    plain = Supervised(5, "multilabel", CLASSES, prior)
+    assert not torch.equal(plain.linear.bias, prior)
+
+
+@pytest.mark.parametrize("threshold", [0, 1, -0.1])
+def test_a_threshold_outside_of_0_1_is_refused(threshold):
+    with pytest.raises(InputError, match=f"threshold must be between 0 and 1, got {threshold}"):
+        Supervised(5, "multilabel", CLASSES, torch.zeros(4), threshold=threshold)
+
+
+def evaluated(count, batch_size, task):
+    """An evaluation of a fixed linear network by this process."""
+    torch.manual_seed(0)
+    network, objective = nn.Linear(5, 6), Supervised(6, task, CLASSES[:3], torch.zeros(3))
+    batches = FixedBatches(TinySource(count, task=task), draw_clean, batch_size, (0, "val"), whole=False)
+    return objective.evaluate(lambda inputs: Output(network(inputs["text.0"][..., 0]), {}), batches)
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("task", ["multilabel", "multiclass"])
+@pytest.mark.parametrize("count", [4, 11], ids=["a rank without a batch", "a short last batch"])
+def test_evaluation_is_the_same_on_one_and_two_ranks(count, task):
+    alone = evaluated(count, 4, task)
+    first, second = on_ranks(evaluated, count, 4, task)
+    assert first == second
+    assert first == pytest.approx(alone, rel=1e-6)
