@@ -81,7 +81,7 @@ def gather_with_grad(local: Tensor) -> Tensor:
 
 
 def gather_rows(local: Tensor, total: int) -> Tensor:
-    """Undo a rank-strided split: rank r holds rows r, r + W, ...; gives all `total` rows in order. No gradient."""
+    """All `total` rows in order, of which rank r holds rows r, r + W, ...; carries no gradient."""
     if world_size() == 1:
         return local
     per_rank = -(-total // world_size())

@@ -1,4 +1,4 @@
-"""Encoders without weights: pretrained without labels, by the contrast of two views of one modality (SimCLR)."""
+"""Encoders without weights: pretrained without labels, by the contrast of two views (SimCLR)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ class RawSource:
     """Raw samples of one modality as an encoder's input tensors; views are drawn live, sample by sample."""
 
     labels: Tensor | None = None
-    infos: InputInfos = {}
 
     def __init__(
         self,
@@ -43,6 +42,7 @@ class RawSource:
     ) -> None:
         self.dataset, self.split, self.modality = dataset, split, modality
         self.view, self.tensors = view, tensors
+        self.infos: InputInfos = {}
         self.size = len(dataset.ids(split))
 
     def __len__(self) -> int:
@@ -85,10 +85,14 @@ def prepare_encoders(
     """Pretrain every encoder that has no weights, or read what an earlier run learned.
 
     Args:
+        backbone: the encoders.
+        dataset: without its labels.
         views: a view family for each modality kind.
         settings: of the pretraining.
         objective: makes the contrastive objective for an encoder's output.
         seed: of the pretraining; not the run's, so that all seeds share their features.
+        root: folder of all stages.
+        runtime: hardware and listeners.
 
     Returns:
         Keys of the stages that ran or were reused, for the features' key.

@@ -29,7 +29,7 @@ from mmnas_lab.config import Config, FeatureViews
 from mmnas_lab.dataset.base import SPLITS, Dataset, LabelFree
 from mmnas_lab.dataset.split import halves, labelled_share
 from mmnas_lab.dataset.views import FeatureViews as DrawnFeatureViews
-from mmnas_lab.dataset.views import ImageViews, TextViews
+from mmnas_lab.dataset.views import ImageViews, TextViews, ViewFamily
 from mmnas_lab.encoder_training import prepare_encoders
 from mmnas_lab.loader import Batches, DrawMixed, FixedBatches, JoinedSource, Source, draw_clean, draw_pairs
 from mmnas_lab.objective.base import Needs, Objective, Scored
@@ -86,8 +86,8 @@ class Experiment:
     def _refuse_what_does_not_fit(self) -> None:
         if self.strategy.needs_hypernet and not hasattr(self.space, "hypernet"):
             raise InputError(
-                f"strategy={self.strategy.name} needs a search space with a hypernet, which '{self.space.name}' has "
-                "not; choose strategy=random or strategy=fixed"
+                f"strategy={self.strategy.name} needs a space with a hypernet, and '{self.space.name}' "
+                "has none; choose strategy=random or strategy=fixed"
             )
         if self.config.pretrain.epochs and self.objective_needs(self.config.pretrain.objective).views != 2:
             raise InputError("pretrain.objective must be label-free, nt_xent for instance")
@@ -149,7 +149,10 @@ class Experiment:
     def features(self) -> FeatureCache:
         """Pooled features of all splits by frozen encoders, with cached views of train and val."""
         settings = self.config.features
-        views = {"image": ImageViews(settings.image_strength), "text": TextViews(settings.text_strength)}
+        views: dict[str, ViewFamily] = {
+            "image": ImageViews(settings.image_strength),
+            "text": TextViews(settings.text_strength),
+        }
         unlabelled = LabelFree(self.dataset)
         encoder_settings = self.config.encoder_pretrain
         prepared = prepare_encoders(
@@ -422,7 +425,7 @@ class Experiment:
         metrics: dict[str, dict[str, Any]] = {}
         found: dict[str, Found] = {}
         modalities = tuple(dict.fromkeys(info.modality for info in self.cache.infos.values()))
-        needed = [name for name in wanted if name not in ("late_fusion", "random_genotype")]
+        needed: list[str] = [name for name in wanted if name not in ("late_fusion", "random_genotype")]
         if "late_fusion" in wanted:
             needed += [modality for modality in modalities if modality not in needed]
         for name in needed:

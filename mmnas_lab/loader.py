@@ -79,7 +79,7 @@ class Batches:
             )
         if whole and batch_size > len(source):
             raise InputError(
-                f"{address[1]}: batch_size={batch_size} is larger than the {len(source)} samples it draws from; "
+                f"{address[1]}: batch_size={batch_size} is larger than the {len(source)} samples at hand; "
                 f"set {str(address[1]).split('.')[0]}.batch_size to {len(source)} or less, or use more data"
             )
         self.source, self.draw, self.address = source, draw, address

@@ -1,4 +1,4 @@
-"""Random numbers by address: the same (seed, stage, epoch, step) gives the same draw, whatever came before."""
+"""Random numbers by address: one (seed, stage, epoch, step) gives one draw, whatever came before."""
 
 from __future__ import annotations
 

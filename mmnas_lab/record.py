@@ -25,7 +25,7 @@ _HARDWARE = ("accelerator", "threads", "checkpoint_seconds", "timeout_seconds")
 
 
 def run_folder(config: Config, fingerprint: str) -> Path:
-    """`<output>/<experiment>/<slug>-<8 hex>/seed_<n>`; the hash covers settings and data, not paths or hardware."""
+    """`<output>/<experiment>/<slug>-<8 hex>/seed_<n>`; the hash leaves out paths and hardware."""
     settings = config.model_dump()
     for key in ("seed", "logger", "output"):
         del settings[key]

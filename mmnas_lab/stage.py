@@ -85,7 +85,8 @@ def stage(
             return StageResult(name, key, folder, True, done["seconds"], done["files"])
         if distributed.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "settings.json", {"settings": settings, "inputs": dict(inputs), "version": version})
+            read = {"settings": settings, "inputs": dict(inputs), "version": version}
+            write_json(folder / "settings.json", read)
         distributed.barrier()
         log.info("%s: computing %s", name, folder.name)
         spent = folder / "seconds.json"  # time of earlier, interrupted tries

@@ -1,7 +1,7 @@
 """For studies of many runs in one process: experiments without a command line, and rows that are appended.
 
-A study is a loop over experiments whose rows go into a JSON-lines file under `results/`; what is in the file is
-not computed again, and stages under `outputs/` are shared as always.
+A study is a loop over experiments whose rows go into a JSON-lines file under `results/`; what is in the file
+is not computed again, and stages under `outputs/` are shared as always.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from filelock import FileLock
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a JSON-lines file; a last line that a killed process left unfinished is passed over."""
+    """The whole rows of a JSON-lines file; a line that a killed process left unfinished is passed over."""
     if not path.exists():
         return []
     rows = []

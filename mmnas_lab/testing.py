@@ -37,7 +37,7 @@ def score(
 
 
 def log_prior(labels: Tensor, task: Task, num_classes: int) -> Tensor:
-    """(Y,) log-odds of each class among training labels, (n+ + 0.5) / (n + 1); log-probabilities for one class."""
+    """(Y,) log-odds of (n+ + 0.5) / (n + 1) among training labels; log-probabilities for one class."""
     if task == "multilabel":
         p = (labels.sum(0).double() + 0.5) / (len(labels) + 1)
         return torch.log(p / (1 - p)).float()

@@ -117,7 +117,6 @@ class Fit(pl.LightningModule):
         self.label, self.stage = label, label.split(".")[0]
         self.settings, self.num_epochs, self.address = settings, num_epochs, address
         self.runtime, self.save_point = runtime, save_point
-        self.register_buffer("done", torch.zeros((), dtype=torch.long), persistent=True)
         self.sums: dict[str, Tensor] = {}  # of this epoch's losses, on the device
         self.history: list[Point] = []
         self._restored: dict[str, Any] | None = None
@@ -144,7 +143,7 @@ class Fit(pl.LightningModule):
     def set_extra_state_from(self, state: dict[str, Any]) -> None:
         """Take over what `extra_state` gave."""
 
-    # Where in the fit we are. `_done` follows the buffer without asking the device.
+    # Where in the fit we are.
 
     def position(self) -> tuple[int, int]:
         """(epoch, step in the epoch) of the next step."""
@@ -183,7 +182,6 @@ class Fit(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._done += 1
-        self.done += 1
         self.runtime.progress(self.label, self._done, self.total_steps_cached)
         epoch_ended = batch_idx + 1 == self.steps_left
         if not epoch_ended and time.monotonic() - self._saved_at >= self.runtime.checkpoint_seconds:
@@ -206,7 +204,7 @@ class Fit(pl.LightningModule):
             if not math.isfinite(value):
                 raise TrainingError(
                     f"{name} is {value} after epoch {self.epoch} of {self.label} (step {self._done}); lower "
-                    f"{self.stage}.optimizer.lr or set {self.stage}.clip_norm; what was computed before is kept"
+                    f"{self.stage}.optimizer.lr or set {self.stage}.clip_norm; finished stages are kept"
                 )
         logged = [Point(self._done, self.epoch, name, value) for name, value in points.items()]
         self.history += logged
@@ -262,7 +260,6 @@ class Fit(pl.LightningModule):
             return
         self._restored = state
         self._done = state["done"]
-        self.done.fill_(state["done"])
         self.sums = state["sums"]
         self.history = [Point(*point) for point in state["history"]]
         self.set_extra_state_from(state["extra"])

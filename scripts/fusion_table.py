@@ -3,9 +3,9 @@
     python scripts/fusion_table.py dataset.path=<movie_posters>          (or `make fusion-table`)
 
 One row of `results/fusion_table.jsonl` for each (genotype, seed): all ordered pairs of features times the
-operations (N = 1, M = 1) with one seed, then the best ones on val and every searched genotype with five fresh
-seeds. Searches (objective x views x pairing x seed) are rows of `results/fusion_table_searches.jsonl`. Both files
-are appended to; what is in them is not computed again. `scripts/report.py results` writes the
+operations (N = 1, M = 1) with one seed, then the best ones on val and every searched genotype with five
+fresh seeds. Searches (objective x views x pairing x seed) are rows of `results/fusion_table_searches.jsonl`.
+Both files are appended to; what is in them is not computed again. `scripts/report.py results` writes the
 tables from them.
 """
 

@@ -2,9 +2,9 @@
 
     python scripts/sklearn_levels.py dataset.path=<movie_posters>
 
-One row of `results/ssl_nas_posters_sklearn.jsonl` for each (model, labelled share, seed); what is there is not
-computed again. The regularisation is chosen on val; late fusion adds the log-odds of the two classifiers and
-subtracts the prior's once.
+One row of `results/ssl_nas_posters_sklearn.jsonl` for each (model, labelled share, seed); what is there is
+not computed again. The regularisation is chosen on val; late fusion adds the log-odds of the two classifiers
+and subtracts the prior's once.
 """
 
 import argparse

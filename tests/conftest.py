@@ -84,14 +84,15 @@ def on_ranks(fn, *args):
     for _, pipe in _ranks:
         pipe.send((fn, args, port))
     answers = []
-    for rank, (_, pipe) in enumerate(_ranks):
+    for _, pipe in _ranks:
         try:
             answers.append(pipe.recv() if pipe.poll(SECONDS) else (False, f"no answer in {SECONDS} s"))
         except EOFError:
             answers.append((False, "the process died"))
-        if not answers[-1][0]:
-            _stop()
-            raise AssertionError(f"rank {rank}: {answers[-1][1]}")
+    failures = [f"rank {rank}: {answer}" for rank, (fine, answer) in enumerate(answers) if not fine]
+    if failures:
+        _stop()
+        raise AssertionError("\n".join(failures))
     return [result for _, result in answers]
 
 

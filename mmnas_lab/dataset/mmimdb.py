@@ -102,7 +102,7 @@ class MMIMDB:
         if text not in ("plot", "plot_and_overview"):
             raise InputError(f"MMIMDB needs dataset.text to be 'plot' or 'plot_and_overview', got '{text}'")
         if on_bad_sample not in ("stop", "skip"):
-            raise InputError(f"MMIMDB needs dataset.on_bad_sample to be 'stop' or 'skip', got '{on_bad_sample}'")
+            raise InputError(f"MMIMDB needs on_bad_sample to be 'stop' or 'skip', got '{on_bad_sample}'")
         self.path = Path(path)
         self.text = text
         self.on_bad_sample = on_bad_sample

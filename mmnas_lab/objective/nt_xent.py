@@ -97,11 +97,13 @@ class NTXent(Objective):
 
     @torch.no_grad()
     def evaluate(self, run: Run, batches: Iterable[Batch]) -> dict[str, float]:
-        """The loss, and the collapse monitors: alignment, uniformity, and std of the normalised embedding
-        times sqrt(D), which is 1 for embeddings spread over the sphere and 0 for collapsed ones.
+        """The loss, and the collapse monitors alignment, uniformity and embedding std.
+
+        The last is the std of the normalised projection times sqrt(D): 1 for projections spread over the
+        sphere, 0 for collapsed ones.
         """
         names = ("loss", "alignment", "uniformity", "embedding_std")
-        device = self.projector[0].weight.device  # where ranks without a batch sum as well
+        device = next(self.projector.parameters()).device  # where ranks without a batch sum as well
         total = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
         for batch in batches:
             z_a, z_b = (F.normalize(z, dim=-1) for z in self.project(run, batch))

@@ -71,8 +71,10 @@ class Supervised(Objective):
     @torch.no_grad()
     def predict(self, run: Run, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
         """Logits (n, Y) and labels of all batches of this rank."""
-        logits, labels = [], []
+        logits: list[Tensor] = []
+        labels: list[Tensor] = []
         for batch in batches:
+            assert batch.labels is not None
             logits.append(self.logits(run(batch.views[0]).embedding))
             labels.append(batch.labels)
         if not logits:

@@ -114,7 +114,7 @@ def report_posters(results: Path) -> list[Path]:
     scores = poster_scores(rows)
     shares = sorted({share for _, _, share in scores})
     names = [*NETWORKS.values(), *BASELINES.values()]
-    levels = [
+    levels: list[dict[str, Any]] = [
         {"network": name, "training": recipe}
         | {
             f"r = {share:g}": _plus_minus(list(scores.get((name, recipe, share), {}).values()))
@@ -130,7 +130,7 @@ def report_posters(results: Path) -> list[Path]:
             | {f"r = {share:g}": _plus_minus(by_share.get(share, [])) for share in shares}
         )
     label_free, supervised = NETWORKS.values()
-    search_effects = [
+    search_effects: list[dict[str, Any]] = [
         {"contrast": f"{a} - {b}, {recipe}"}
         | {f"r = {share:g}": _difference(scores, (a, recipe), (b, recipe), share) for share in shares}
         for a, b in (
@@ -142,7 +142,7 @@ def report_posters(results: Path) -> list[Path]:
         )
         for recipe in (SCRATCH, PRETRAINED)
     ]
-    pretraining_effects = [
+    pretraining_effects: list[dict[str, Any]] = [
         {"network": name}
         | {
             f"r = {share:g}": _difference(scores, (name, PRETRAINED), (name, SCRATCH), share)
@@ -156,11 +156,13 @@ def report_posters(results: Path) -> list[Path]:
         [
             "# SSL-NAS and BM-NAS on a few thousand posters (our own small-scale study)",
             "",
-            "2,401 training movies, frozen EfficientNet-Lite0 and MiniLM features, `scale=cpu`: not MM-IMDB, not the papers'",
-            "scale, and not to be set beside their figures. Test F1-W (fraction), selected on val, threshold 0.3.",
+            "2,401 training movies, frozen EfficientNet-Lite0 and MiniLM features, `scale=cpu`: not MM-IMDB,",
+            "not the papers' scale, not to be set beside their figures. Test F1-W (fraction), selected on",
+            "val, threshold 0.3.",
             "",
-            f"Command: `python run.py -m sweep=ssl_nas_posters dataset.path=<movie_posters>`; seeds {', '.join(map(str, seeds))} ",
-            f"(subset, initialisation, order); hardware {rows[-1]['hardware']}; commits "
+            "Command: `python run.py -m sweep=ssl_nas_posters dataset.path=<movie_posters>`; seeds "
+            f"{', '.join(map(str, seeds))} (subset, initialisation, order); hardware "
+            f"{rows[-1]['hardware']}; commits "
             f"{', '.join(sorted({str(row['commit'])[:12] for row in rows}))}; data {rows[-1]['data']}.",
             "",
             "## Levels: mean over seeds +- half width of the 95 % interval",
@@ -311,15 +313,15 @@ def report_fusion_table(results: Path) -> list[Path]:
         [
             "# Every single-cell fusion genotype of the posters (our own small-scale study)",
             "",
-            f"{len(first)} genotypes (N = 1, M = 1, ordered pairs of 8 features x 4 operations), r = 0.3 of 2,401 training",
-            "movies, from scratch, `scale=cpu`; test F1-W, selected on val. Ranks on test tell the landscape and choose",
-            "nothing. Regret: points below the best five-seed mean.",
+            f"{len(first)} genotypes (N = 1, M = 1, ordered pairs of 8 features x 4 operations), r = 0.3 of",
+            "2,401 training movies, from scratch, `scale=cpu`; test F1-W, selected on val. Ranks on test tell",
+            "the landscape and choose nothing. Regret: points below the best five-seed mean.",
             "",
             f"Command: `make fusion-table POSTERS=<movie_posters>`; hardware {rows[-1]['hardware']}; commits "
             f"{', '.join(sorted({str(row['commit'])[:12] for row in rows}))}; data {rows[-1]['data']}.",
             "",
-            f"All genotypes, one seed: mean {mean_of_all:.3f}, best {first[ranked[0]]['test']:.3f} {ranked[0]}, worst "
-            f"{first[ranked[-1]]['test']:.3f} {ranked[-1]}.",
+            f"All genotypes, one seed: mean {mean_of_all:.3f}, best {first[ranked[0]]['test']:.3f} "
+            f"{ranked[0]}, worst {first[ranked[-1]]['test']:.3f} {ranked[-1]}.",
             "",
             "## Where searches land",
             "",

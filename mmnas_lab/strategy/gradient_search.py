@@ -106,7 +106,8 @@ class SearchModule(Fit):
     # The two half-steps.
 
     def training_step(self, batch: SearchBatch, batch_idx: int) -> None:
-        weight_optimizer, arch_optimizer = self.optimizers()  # type: ignore[misc]
+        optimizers: Any = self.optimizers()
+        weight_optimizer, arch_optimizer = optimizers
         if batch.arch is not None:
             self.add("search/arch_loss", self.arch_step(batch.arch, arch_optimizer))
         if batch.weights is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +57,10 @@ class MixedStep(nn.Module):
     def forward(self, first: Tensor, second: Tensor, gamma: Tensor) -> Tensor:
         """Mix the operations on (B, L, C) operands with weights gamma (K,)."""
         joined = first if first is second else torch.cat([first, second], -1)
+        ops: Any = self.ops.values()
         terms = [
             op.of_joined(joined, weight) if isinstance(op, LinearOp) else op.weighted(first, second, weight)
-            for weight, op in zip(gamma.unbind(), self.ops.values(), strict=True)
+            for weight, op in zip(gamma.unbind(), ops, strict=True)
             if not isinstance(op, Zero)
         ]
         return reduce(torch.add, terms)
@@ -75,7 +77,9 @@ class OutConv(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
-        return self.dropout(torch.relu_(self.norm(self.linear(torch.cat(states[-self.num_states :], -1)))))
+        return self.dropout(
+            torch.relu_(self.norm(self.linear(torch.cat(list(states[-self.num_states :]), -1))))
+        )
 
 
 class LastState(nn.Module):
@@ -123,7 +127,7 @@ class Flatten(nn.Module):
         self.norm = nn.LayerNorm((length, num_cells * channels)) if norm else None
 
     def forward(self, cells: Sequence[Tensor]) -> Tensor:
-        last = torch.cat(cells[-self.num_cells :], -1)  # (B, L, H C)
+        last = torch.cat(list(cells[-self.num_cells :]), -1)  # (B, L, H C)
         if self.norm is not None:
             last = torch.relu(self.norm(last))
         return last.transpose(1, 2).flatten(1)

@@ -134,7 +134,7 @@ def derive(
         rule: how pairs are chosen.
 
     Returns:
-        The genotype and a margin for each choice: `cell.0.inputs`, `cell.0.step.0.inputs`, `cell.0.step.0.op`.
+        The genotype and the margins of `cell.0.inputs`, `cell.0.step.0.inputs`, `cell.0.step.0.op`, ...
     """
     cells: list[CellGenotype] = []
     taken: list[Pair] = []

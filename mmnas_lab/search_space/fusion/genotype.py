@@ -68,8 +68,8 @@ def parse_genotype(data: Mapping[str, Any], features: Sequence[str], ops: Sequen
         )
     if data.get("space") != "fusion" or data.get("schema") != SCHEMA:
         raise InputError(
-            f"this genotype is of space {data.get('space')!r}, schema {data.get('schema')!r}; the fusion space "
-            f"reads space 'fusion', schema {SCHEMA}"
+            f"this genotype is of space {data.get('space')!r}, schema {data.get('schema')!r}; the fusion "
+            f"space reads space 'fusion', schema {SCHEMA}"
         )
     try:
         cells = tuple(

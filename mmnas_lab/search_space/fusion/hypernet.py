@@ -11,7 +11,7 @@ and equal operands are projected once (see `LinearOp.of_joined`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,8 @@ class FusionHypernet(Hypernet):
             for c, cell in enumerate(cells):
                 sources = [u + cell_weights[s, c] * cell for u, s in zip(sources, rows, strict=True)]
             states = list(self.cell_inputs(i, sources))
-            for m, step in enumerate(self.steps[i]):
+            steps: Any = self.steps[i]
+            for m, step in enumerate(steps):
                 first, second = step_operands(i, m, states)
                 states.append(step(first, second, gamma[i, m]))
             cells.append(self.ends[i](states))
@@ -121,7 +122,7 @@ class FusionHypernet(Hypernet):
 
 
 class SharedHypernet(FusionHypernet):
-    """One mixture a cell, (none, skip) weights on each edge: alpha (E, 2), beta (N, I, 2), gamma (N, M, K)."""
+    """One mixture a cell, (none, skip) on each edge: alpha (E, 2), beta (N, I, 2), gamma (N, M, K)."""
 
     def __init__(self, space: FusionSpace, inputs: InputInfos, rule: Rule) -> None:
         shapes = {

@@ -60,7 +60,7 @@ class FusionSpace:
             raise InputError(f"search_space.length must be a square (1, 4, 9, 16, ...), got {length}")
         if not 1 <= cell_outputs <= num_steps + 2:
             raise InputError(
-                f"search_space.cell_outputs must be between 1 and num_steps + 2 = {num_steps + 2}, got {cell_outputs}"
+                f"search_space.cell_outputs must be 1 to num_steps + 2 = {num_steps + 2}, got {cell_outputs}"
             )
         if head_cells is not None and not 1 <= head_cells <= num_cells:
             raise InputError(
@@ -184,7 +184,7 @@ class FusionSpace:
         features = [feature for feature, info in inputs.items() if info.modality == name]
         if not features:
             raise InputError(
-                f"no baseline '{name}': the fixed networks of the fusion space are two_stream, {', '.join(last)}"
+                f"no baseline '{name}': the fusion space has the fixed networks two_stream, {', '.join(last)}"
             )
         x, y = features[-1], features[-2] if len(features) > 1 else features[-1]
         steps = tuple(StepGenotype((0, 1), "sum") for _ in range(self.num_steps))
