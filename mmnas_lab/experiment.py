@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmnas_lab import distributed
-from mmnas_lab.backbone.feature_cache import FeatureCache, compute_features
-from mmnas_lab.backbone.feature_source import FeatureSource
-from mmnas_lab.backbone.frozen import Backbone
 from mmnas_lab.build import build
-from mmnas_lab.config import Config, FeatureViews
-from mmnas_lab.dataset.base import SPLITS, Dataset, LabelFree
-from mmnas_lab.dataset.split import halves, labelled_share
-from mmnas_lab.dataset.views import FeatureViews as DrawnFeatureViews
-from mmnas_lab.dataset.views import ImageViews, TextViews, ViewFamily
-from mmnas_lab.encoder_training import prepare_encoders
+from mmnas_lab.config import Config
+from mmnas_lab.data import Data
+from mmnas_lab.dataset.split import halves
 from mmnas_lab.loader import Batches, DrawMixed, FixedBatches, JoinedSource, Source, draw_clean, draw_pairs
 from mmnas_lab.objective.base import Needs, Objective, Scored
-from mmnas_lab.randomness import generator, seed_of
+from mmnas_lab.randomness import seed_of
+from mmnas_lab.record import read_history, save_module, write_history
 from mmnas_lab.stage import StageResult, digest, stage, write_json
 from mmnas_lab.strategy.base import Problem
-from mmnas_lab.testing import late_fusion, log_prior, predict, score
-from mmnas_lab.training import Point, Runtime, train
+from mmnas_lab.testing import log_prior, predict, score
+from mmnas_lab.training import Runtime, train
 from mmnas_lab.types import InputError, OutputInfo, Split
 
 log = logging.getLogger(__name__)
 
 # Raised when a stage's result changes for the same settings.
-VERSIONS = {"data": 1, "backbone": 1, "features": 1, "search": 1, "pretrain": 1, "train": 1, "test": 1}
+VERSIONS = {"search": 1, "pretrain": 1, "train": 1, "test": 1}
 
 
 @dataclass(frozen=True)
@@ -69,19 +63,14 @@ class Experiment:
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
         self.root = Path(config.output) / "stages"
-        self.results: dict[str, StageResult] = {}
-        self._labels: dict[Split, Tensor] = {}
-        self.dataset: Dataset = build(config.dataset, "dataset")
-        self.backbone: Backbone = build(config.backbone, "backbone")
         self.space: Any = build(config.search_space, "search_space")
         self.strategy: Any = build(config.strategy, "strategy")
         self.numerics = {"devices": config.trainer.devices, "precision": config.trainer.precision}
         self._refuse_what_does_not_fit()
-        self.backbone.check(self.dataset.modalities)
-        self.dataset.open()
-        self._leave_out_unreadable()
+        self.data = Data(config, self.root, self.space.length, runtime, self.objective)
+        self.results: dict[str, StageResult] = self.data.stages
         if self.needs_labels:
-            self.labels("train")  # early, before anything is computed
+            self.data.labels("train")  # early, before anything is computed
 
     def _refuse_what_does_not_fit(self) -> None:
         if self.strategy.needs_hypernet and not hasattr(self.space, "hypernet"):
@@ -98,121 +87,7 @@ class Experiment:
         supervised_search = self.strategy.needs_data and self.objective_needs(self.config.objective).labels
         return bool({"train", "test"} & set(self.config.stages)) or supervised_search
 
-    # Data.
-
-    def _leave_out_unreadable(self) -> None:
-        """Find samples that cannot be used, once for this data; stop with all of them, or leave them out."""
-        dataset = self.dataset
-        if not hasattr(dataset, "on_bad_sample"):
-            return
-
-        def compute(folder: Path) -> None:
-            if distributed.rank() == 0:
-                bad = {
-                    split: {str(k): why for k, why in dataset.unreadable(split).items()} for split in SPLITS
-                }
-                write_json(folder / "unreadable.json", bad)
-
-        result = stage(
-            self.root, "data", dataset.name, VERSIONS["data"], {}, {"data": dataset.fingerprint()}, compute
-        )
-        bad = json.loads((result.folder / "unreadable.json").read_text())
-        lines = [
-            f"  {split} {dataset.ids(split)[int(k)]}: {why}"
-            for split in SPLITS
-            for k, why in bad[split].items()
-        ]
-        if lines and dataset.on_bad_sample == "stop":
-            raise InputError(
-                f"{len(lines)} samples of dataset '{dataset.name}' cannot be read:\n"
-                + "\n".join(lines)
-                + "\n"
-                "repair or remove them, or leave them out with dataset.on_bad_sample=skip"
-            )
-        if lines:
-            log.warning("left out %d unreadable samples:\n%s", len(lines), "\n".join(lines))
-            dataset.drop({split: [int(k) for k in bad[split]] for split in SPLITS})
-
-    def labels(self, split: Split) -> Tensor:
-        """All labels of a split, read once."""
-        if split not in self._labels:
-            self._labels[split] = self.dataset.labels(split)
-        return self._labels[split]
-
-    @cached_property
-    def labelled_rows(self) -> Tensor:
-        """The labelled share of the training rows."""
-        return labelled_share(self.labels("train"), self.config.labelled_share, self.config.seed)
-
     # Stages.
-
-    def features(self) -> FeatureCache:
-        """Pooled features of all splits by frozen encoders, with cached views of train and val."""
-        settings = self.config.features
-        views: dict[str, ViewFamily] = {
-            "image": ImageViews(settings.image_strength),
-            "text": TextViews(settings.text_strength),
-        }
-        unlabelled = LabelFree(self.dataset)
-        encoder_settings = self.config.encoder_pretrain
-        prepared = prepare_encoders(
-            self.backbone,
-            unlabelled,
-            views,
-            encoder_settings,
-            lambda info: self.objective(encoder_settings.objective, info),
-            settings.view_seed,
-            self.root,
-            self.runtime,
-        )
-        result = stage(
-            self.root,
-            "features",
-            self.dataset.name,
-            VERSIONS["features"],
-            {**settings.model_dump(), "length": self.space.length},
-            {"data": self.dataset.fingerprint(), "backbone": self.backbone.fingerprint(), **prepared},
-            lambda folder: compute_features(
-                unlabelled,
-                self.backbone,
-                views,
-                settings.num_views,
-                settings.view_seed,
-                self.space.length,
-                folder,
-                progress=self._counted,
-                rank=distributed.rank(),
-                world_size=distributed.world_size(),
-                barrier=distributed.barrier,
-            ),
-        )
-        self.results["features"] = result
-        return FeatureCache(result.folder)
-
-    @cached_property
-    def cache(self) -> FeatureCache:
-        """The features; computed at first use."""
-        return self.features()
-
-    def source(
-        self,
-        split: Split,
-        rows: Tensor | None = None,
-        labelled: bool = False,
-        names: tuple[str, ...] | None = None,
-        views: FeatureViews | None = None,
-    ) -> FeatureSource:
-        """Samples of a split: features of these names, with or without labels."""
-        drawn = views or FeatureViews()
-        return FeatureSource(
-            self.cache,
-            split,
-            rows,
-            self.labels(split) if labelled else None,
-            names,
-            DrawnFeatureViews(drawn.dropout, drawn.noise, drawn.drop_modality),
-            device=self.runtime.device,
-        )
 
     def search(self) -> StageResult:
         """The genotype, by the strategy; `genotype.json`, `margins.json` and the trace lie in its folder."""
@@ -220,27 +95,27 @@ class Experiment:
         needs = self.objective_needs(config.objective)
         strategy_settings = getattr(self.strategy, "settings", lambda: config.strategy)()
         read: dict[str, Any] = {"space": config.search_space, "strategy": strategy_settings}
-        inputs = {"features": digest({k: [*v.shape, v.modality] for k, v in self.cache.infos.items()})}
+        inputs = {"features": digest({k: [*v.shape, v.modality] for k, v in self.data.cache.infos.items()})}
         if self.strategy.needs_data:
             read |= {"search": settings.model_dump(), "objective": config.objective, "seed": config.seed}
             read |= self.numerics
-            inputs = {"features": self.results["features"].key}
+            inputs = {"features": self.data.stages["features"].key}
             if needs.labels:
                 read["labelled_share"] = config.labelled_share
-                inputs["labels"] = self.dataset.label_fingerprint()
+                inputs["labels"] = self.data.dataset.label_fingerprint()
 
         def compute(folder: Path) -> None:
             if needs.labels and self.strategy.needs_data:
-                first, second = halves(self.labels("train"), self.labelled_rows, config.seed)
-                weights = self.source("train", first.sort().values, labelled=True)
-                architecture = self.source("train", second.sort().values, labelled=True)
+                first, second = halves(self.data.labels("train"), self.data.labelled_rows, config.seed)
+                weights = self.data.source("train", first.sort().values, labelled=True)
+                architecture = self.data.source("train", second.sort().values, labelled=True)
             else:
-                weights = self.source("train", views=settings.views)
-                architecture = self.source("val", views=settings.views)
+                weights = self.data.source("train", views=settings.views)
+                architecture = self.data.source("val", views=settings.views)
             found = self.strategy.search(
                 Problem(
                     self.space,
-                    self.cache.infos,
+                    self.data.cache.infos,
                     lambda info: self.objective(config.objective, info),
                     needs,
                     weights,
@@ -268,7 +143,7 @@ class Experiment:
     def genotype(self) -> Any:
         """The genotype that the search found."""
         return self.space.parse(
-            json.loads((self.search().folder / "genotype.json").read_text()), self.cache.infos
+            json.loads((self.search().folder / "genotype.json").read_text()), self.data.cache.infos
         )
 
     def pretrain(self, genotype: Any, name: str) -> StageResult | None:
@@ -280,8 +155,8 @@ class Experiment:
         def compute(folder: Path) -> None:
             scored, address = self._network(genotype, settings.dropout, settings.objective, "pretrain")
             names = self._feature_names(genotype)
-            train_source = self.source("train", names=names, views=settings.views)
-            val_source = self.source("val", names=names, views=settings.views)
+            train_source = self.data.source("train", names=names, views=settings.views)
+            val_source = self.data.source("val", names=names, views=settings.views)
             trained = train(
                 scored.network,
                 scored.objective,
@@ -306,7 +181,7 @@ class Experiment:
             "seed": config.seed,
             **self.numerics,
         }
-        inputs = {"features": self.results["features"].key}
+        inputs = {"features": self.data.stages["features"].key}
         result = stage(
             self.root, "pretrain", f"{name}_{config.seed}", VERSIONS["pretrain"], read, inputs, compute
         )
@@ -322,11 +197,11 @@ class Experiment:
             if pretrained is not None:
                 scored.network.load_state_dict(load_file(pretrained.folder / "network.safetensors"))
             names = self._feature_names(genotype)
-            source: Source = self.source("train", self.labelled_rows, True, names, settings.views)
+            source: Source = self.data.source("train", self.data.labelled_rows, True, names, settings.views)
             held: Split | None = "val"
             if settings.on == "train_val":
                 source, held = (
-                    JoinedSource(source, self.source("val", None, True, names, settings.views)),
+                    JoinedSource(source, self.data.source("val", None, True, names, settings.views)),
                     None,
                 )
             if config.test.select == "best_test":
@@ -340,7 +215,7 @@ class Experiment:
             )
             evaluation = None
             if held is not None:
-                held_source = self.source(held, None, True, names)
+                held_source = self.data.source(held, None, True, names)
                 evaluation = FixedBatches(held_source, draw_clean, 1024, (*address, "val"), whole=False)
             trained = train(
                 scored.network,
@@ -370,8 +245,8 @@ class Experiment:
             **self.numerics,
         }
         inputs = {
-            "features": self.results["features"].key,
-            "labels": self.dataset.label_fingerprint(),
+            "features": self.data.stages["features"].key,
+            "labels": self.data.dataset.label_fingerprint(),
             "pretrain": pretrained.key if pretrained else "from scratch",
         }
         result = stage(self.root, "train", f"{name}_{config.seed}", VERSIONS["train"], read, inputs, compute)
@@ -390,15 +265,15 @@ class Experiment:
             scored.to(self.runtime.device)
             names = self._feature_names(genotype)
             logits = {
-                f"{split}.logits": predict(scored, self.source(split, None, True, names), 1024)
+                f"{split}.logits": predict(scored, self.data.source(split, None, True, names), 1024)
                 for split in ("val", "test")
             }
             if distributed.rank() == 0:
-                metrics = {split: self._scores(logits[f"{split}.logits"], split) for split in ("val", "test")}
+                metrics = {split: self.scores(logits[f"{split}.logits"], split) for split in ("val", "test")}
                 save_file(logits, folder / "predictions.safetensors")
                 write_json(folder / "metrics.json", metrics)
 
-        inputs = {"train": trained.key, "labels": self.dataset.label_fingerprint()}
+        inputs = {"train": trained.key, "labels": self.data.dataset.label_fingerprint()}
         return stage(self.root, "test", f"{name}_{config.seed}", VERSIONS["test"], {}, inputs, compute)
 
     # Networks through the stages.
@@ -419,53 +294,6 @@ class Experiment:
             log.info("%s: test f1_weighted %.4f", name, metrics["test"]["f1_weighted"])
         return Found(genotype, stages, metrics)
 
-    def baselines(self) -> dict[str, dict[str, Any]]:
-        """Metrics of the configured baselines, by name and split."""
-        wanted = self.config.baselines
-        metrics: dict[str, dict[str, Any]] = {}
-        found: dict[str, Found] = {}
-        modalities = tuple(dict.fromkeys(info.modality for info in self.cache.infos.values()))
-        needed: list[str] = [name for name in wanted if name not in ("late_fusion", "random_genotype")]
-        if "late_fusion" in wanted:
-            needed += [modality for modality in modalities if modality not in needed]
-        for name in needed:
-            found[name] = self.evaluate(self.space.fixed(name, self.cache.infos), name)
-            self.results |= {f"{stage_name}.{name}": r for stage_name, r in found[name].stages.items()}
-            if name in wanted:
-                metrics[name] = found[name].metrics
-        if "late_fusion" in wanted:
-            metrics["late_fusion"] = self._late_fusion([found[modality] for modality in modalities])
-        if "random_genotype" in wanted:
-            metrics["random_genotype"] = self._random_genotypes()
-        return metrics
-
-    def _late_fusion(self, unimodal: list[Found]) -> dict[str, Any]:
-        prior = self._prior()
-        stored = [load_file(found.stages["test"].folder / "predictions.safetensors") for found in unimodal]
-        return {
-            split: self._scores(
-                late_fusion([logits[f"{split}.logits"] for logits in stored], prior, self.dataset.task), split
-            )
-            for split in ("val", "test")
-        }
-
-    def _random_genotypes(self) -> dict[str, Any]:
-        draws = []
-        for k in range(self.config.random_draws):
-            genotype = self.space.sample(self.cache.infos, generator(self.config.seed, "random_genotype", k))
-            found = self.evaluate(genotype, f"random_{k}")
-            self.results |= {f"{stage_name}.random_{k}": r for stage_name, r in found.stages.items()}
-            draws.append({"genotype": genotype.to_json(), **found.metrics})
-        means = {
-            split: {
-                name: sum(draw[split][name] for draw in draws) / len(draws)
-                for name in draws[0][split]
-                if name != "per_class"
-            }
-            for split in ("val", "test")
-        }
-        return {**means, "draws": draws}
-
     # Small things that several stages need.
 
     @staticmethod
@@ -479,7 +307,11 @@ class Experiment:
         """An objective with its head for a network's output."""
         facts: dict[str, Any] = {"embedding": info.embedding}
         if self.objective_needs(node).labels:
-            facts |= {"task": self.dataset.task, "classes": self.dataset.classes, "prior": self._prior()}
+            facts |= {
+                "task": self.data.dataset.task,
+                "classes": self.data.dataset.classes,
+                "prior": self.prior(),
+            }
         return build(dict(node), "objective", **facts)
 
     def _network(
@@ -488,29 +320,27 @@ class Experiment:
         """A found network with a head, freshly initialised by address (equal for equal shapes)."""
         address = (self.config.seed, stage_name)
         torch.manual_seed(seed_of(*address, "init"))
-        network = self.space.build(genotype, self.cache.infos, dropout)
+        network = self.space.build(genotype, self.data.cache.infos, dropout)
         return Scored(network, self.objective(objective, network.info)), address
 
-    def _counted(self, items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
-        """Pass items on, and say how many have been taken."""
-        for done, item in enumerate(items, 1):
-            yield item
-            self.runtime.progress(label, done, total)
+    def prior(self) -> Tensor:
+        """Log-odds (or log-probabilities) of the classes in the labelled share."""
+        labels = self.data.labels("train")[self.data.labelled_rows]
+        return log_prior(labels, self.data.dataset.task, len(self.data.dataset.classes))
 
-    def _prior(self) -> Tensor:
-        labels = self.labels("train")[self.labelled_rows]
-        return log_prior(labels, self.dataset.task, len(self.dataset.classes))
-
-    def _scores(self, logits: Tensor, split: Split) -> dict[str, Any]:
+    def scores(self, logits: Tensor, split: Split) -> dict[str, Any]:
+        """All metrics of a split's logits."""
         threshold = self.config.train.objective.get("threshold", 0.3)
-        return score(logits, self.labels(split), self.dataset.task, threshold, self.dataset.classes)
+        return score(
+            logits, self.data.labels(split), self.data.dataset.task, threshold, self.data.dataset.classes
+        )
 
     def _feature_names(self, genotype: Any) -> tuple[str, ...]:
         features = genotype.features
         return tuple(features() if callable(features) else features)
 
     def _statistics(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        statistics = self.cache.statistics
+        statistics = self.data.cache.statistics
         return {
             f"standardisation.{name}.{kind}": value
             for name in names
@@ -521,20 +351,3 @@ class Experiment:
         """Hand a reused stage's metrics to the loggers, which have not seen them."""
         if result.reused:
             self.runtime.report(label, read_history(result.folder))
-
-
-def save_module(path: Path, module: torch.nn.Module, more: dict[str, Tensor] | None = None) -> None:
-    """Write a module's state, and more tensors beside it."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    save_file({**tensors, **(more or {})}, path)
-
-
-def write_history(folder: Path, history: list[Point]) -> None:
-    """Keep a fit's logged values with its stage."""
-    write_json(folder / "history.json", [list(point) for point in history])
-
-
-def read_history(folder: Path) -> list[Point]:
-    """What `write_history` wrote."""
-    path = folder / "history.json"
-    return [Point(*point) for point in json.loads(path.read_text())] if path.exists() else []

@@ -14,7 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors.torch import save_file
+from torch import Tensor
 
 from mmnas_lab.config import Config
 from mmnas_lab.stage import StageResult, atomically, digest, write_json
@@ -41,8 +44,6 @@ def run_folder(config: Config, fingerprint: str) -> Path:
 
 def environment(command: str) -> dict[str, Any]:
     """Commit, versions, hardware and command of this run."""
-    import torch
-
     names = ("torch", "lightning", "torchmetrics", "timm", "transformers", "hydra-core", "numpy")
     return {
         "command": command,
@@ -121,3 +122,20 @@ def read_record(path: Path) -> dict[str, Any]:
 def command_line() -> str:
     """This process's command, without the interpreter's path."""
     return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def save_module(path: Path, module: torch.nn.Module, more: dict[str, Tensor] | None = None) -> None:
+    """Write a module's state, and more tensors beside it."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    save_file({**tensors, **(more or {})}, path)
+
+
+def write_history(folder: Path, history: list[Point]) -> None:
+    """Keep a fit's logged values with its stage."""
+    write_json(folder / "history.json", [list(point) for point in history])
+
+
+def read_history(folder: Path) -> list[Point]:
+    """What `write_history` wrote."""
+    path = folder / "history.json"
+    return [Point(*point) for point in json.loads(path.read_text())] if path.exists() else []

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from mmnas_lab import distributed, record
+from mmnas_lab.baselines import run_baselines
 from mmnas_lab.build import check_config
 from mmnas_lab.config import Config
 from mmnas_lab.dataset.base import SPLITS
-from mmnas_lab.experiment import Experiment, Found, read_history
+from mmnas_lab.experiment import Experiment, Found
 from mmnas_lab.report.progress import ProgressReport
 from mmnas_lab.stage import StageResult
 from mmnas_lab.training import Point, Runtime
@@ -50,7 +51,7 @@ def run(values: dict[str, Any], overrides: Sequence[str] = ()) -> Path:
     progress = ProgressReport(enabled=distributed.rank() == 0)
     with progress:
         experiment = Experiment(config, runtime(config, progress))
-        fingerprint = experiment.dataset.fingerprint()
+        fingerprint = experiment.data.dataset.fingerprint()
         folder = record.run_folder(config, fingerprint)
         with_log = distributed.rank() == 0
         if with_log:
@@ -117,7 +118,7 @@ def _stages(experiment: Experiment, folder: Path, overrides: Sequence[str], prog
     wanted = config.stages
     log.info("%s, seed %d: %s", config.experiment, config.seed, ", ".join(wanted))
     progress.listen(loggers(config, folder))
-    experiment.cache  # noqa: B018 - the stage `features`
+    experiment.data.cache  # noqa: B018 - the stage `features`
     found: Found | None = None
     baselines: dict[str, Any] = {}
     if {"search", "pretrain", "train", "test"} & set(wanted):
@@ -125,7 +126,7 @@ def _stages(experiment: Experiment, folder: Path, overrides: Sequence[str], prog
         found = experiment.evaluate(genotype, "found")
         experiment.results |= found.stages
         if "test" in wanted:
-            baselines = experiment.baselines()
+            baselines = run_baselines(experiment)
     if distributed.rank() == 0:
         summary = assemble(experiment, found, baselines, overrides)
         leave(experiment, found, folder, summary)
@@ -175,25 +176,25 @@ def assemble(
     }
     parameters: dict[str, Any] = {}
     if found is not None:
-        network = experiment.space.build(found.genotype, experiment.cache.infos)
+        network = experiment.space.build(found.genotype, experiment.data.cache.infos)
         parameters = {"network": sum(p.numel() for p in network.parameters())}
         if "train" in found.stages:
-            parameters["head"] = network.info.embedding * len(experiment.dataset.classes) + len(
-                experiment.dataset.classes
+            parameters["head"] = network.info.embedding * len(experiment.data.dataset.classes) + len(
+                experiment.data.dataset.classes
             )
     data: dict[str, Any] = {
-        "name": experiment.dataset.name,
-        "fingerprint": experiment.dataset.fingerprint(),
-        "counts": {split: len(experiment.dataset.ids(split)) for split in SPLITS},
+        "name": experiment.data.dataset.name,
+        "fingerprint": experiment.data.dataset.fingerprint(),
+        "counts": {split: len(experiment.data.dataset.ids(split)) for split in SPLITS},
     }
     if found is not None and "train" in found.stages:
-        data["labelled"] = len(experiment.labelled_rows)
-        data["labels"] = experiment.dataset.label_fingerprint()
+        data["labelled"] = len(experiment.data.labelled_rows)
+        data["labels"] = experiment.data.dataset.label_fingerprint()
     return {
         "experiment": config.experiment,
         "overrides": list(overrides),
         "seed": config.seed,
-        "label_free": experiment.backbone.label_free and label_free_search,
+        "label_free": experiment.data.backbone.label_free and label_free_search,
         "genotype": found.genotype.to_json() if found else None,
         "margins": json.loads((search.folder / "margins.json").read_text()) if search else {},
         "metrics": found.metrics if found else {},
@@ -212,8 +213,8 @@ def flops(experiment: Experiment, found: Found) -> int:
     """Floating-point operations of one sample through the found network, backbones excluded."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    network = experiment.space.build(found.genotype, experiment.cache.infos).eval()
-    inputs = {name: torch.zeros(1, *info.shape) for name, info in experiment.cache.infos.items()}
+    network = experiment.space.build(found.genotype, experiment.data.cache.infos).eval()
+    inputs = {name: torch.zeros(1, *info.shape) for name, info in experiment.data.cache.infos.items()}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(inputs)
     return counter.get_total_flops()
@@ -226,7 +227,7 @@ def leave(experiment: Experiment, found: Found | None, folder: Path, summary: di
 
     histories: dict[str, list[Point]] = {}
     for name, result in experiment.results.items():
-        points = read_history(result.folder)
+        points = record.read_history(result.folder)
         if points:
             label = name if name.count(".") else (name if name == "search" else f"{name}.found")
             histories[label] = points

@@ -35,7 +35,7 @@ def open_experiment(values: dict[str, Any]) -> Experiment:
     prepare_process(config)
     trainer = config.trainer
     experiment = Experiment(config, Runtime(trainer.accelerator, trainer.devices, trainer.precision))
-    experiment.cache  # noqa: B018 - computed or opened now, not in the middle of the loop
+    experiment.data.cache  # noqa: B018 - computed or opened now, not in the middle of the loop
     return experiment
 
 
@@ -45,6 +45,6 @@ def row_environment(experiment: Experiment) -> dict[str, Any]:
     hardware = environment["hardware"]
     return {
         "commit": environment["commit"],
-        "data": experiment.dataset.fingerprint()[:16],
+        "data": experiment.data.dataset.fingerprint()[:16],
         "hardware": f"{hardware['processor']}, {hardware['cores']} cores, {hardware['threads']} threads",
     }

@@ -74,7 +74,7 @@ class Table:
             experiment = open_experiment(compose([*BASE, f"seed={seed}", *self.overrides]))
             started = time.monotonic()
             for k, data in enumerate(todo):
-                genotype = experiment.space.parse(data, experiment.cache.infos)
+                genotype = experiment.space.parse(data, experiment.data.cache.infos)
                 found = experiment.evaluate(genotype, "table")
                 append(
                     self.rows_file,
@@ -145,7 +145,7 @@ def main() -> None:
     index, count = (int(part) for part in arguments.shard.split("/"))
     table = Table(arguments.out, arguments.overrides, (index, count))
     experiment = open_experiment(compose([*BASE, *arguments.overrides]))
-    grid = [genotype.to_json() for genotype in experiment.space.all_single_cells(experiment.cache.infos)]
+    grid = [genotype.to_json() for genotype in experiment.space.all_single_cells(experiment.data.cache.infos)]
     if arguments.phase in ("all", "search"):
         table.search((0, 1, 2))
     if arguments.phase in ("all", "grid"):

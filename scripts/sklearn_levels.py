@@ -19,7 +19,7 @@ import torch
 from mmnas_lab.objective.metrics import classification_metrics
 from mmnas_lab.study import compose, open_experiment, row_environment
 from mmnas_lab.study_rows import append, read_rows
-from mmnas_lab.testing import late_fusion, log_prior
+from mmnas_lab.testing import late_fusion
 
 FEATURES = {"image": ("image.3", "image.4"), "text": ("text.1", "text.2")}
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -31,12 +31,12 @@ def logits_of(experiment, names, rows):
     from sklearn.linear_model import LogisticRegression
 
     def matrix(split, rows=None):
-        source = experiment.source(split, rows, names=names)
+        source = experiment.data.source(split, rows, names=names)
         views = source.clean(torch.arange(len(source))).views[0]
         return torch.cat([views[name].flatten(1) for name in names], 1).numpy()
 
     x = {"train": matrix("train", rows), "val": matrix("val"), "test": matrix("test")}
-    labels = experiment.labels("train")[rows].numpy()
+    labels = experiment.data.labels("train")[rows].numpy()
     best = None
     for strength in STRENGTHS:
         logits = {split: np.zeros((len(x[split]), labels.shape[1]), np.float32) for split in ("val", "test")}
@@ -57,7 +57,7 @@ def logits_of(experiment, names, rows):
 
 
 def score(experiment, logits, split):
-    return classification_metrics(logits, experiment.labels(split), "multilabel", 0.3)["f1_weighted"]
+    return classification_metrics(logits, experiment.data.labels(split), "multilabel", 0.3)["f1_weighted"]
 
 
 def main() -> None:
@@ -76,10 +76,10 @@ def main() -> None:
                 continue
             base = ["experiment=ssl_nas_mmimdb", "scale=cpu", f"seed={seed}", f"labelled_share={share}"]
             experiment = open_experiment(compose([*base, *arguments.overrides]))
-            rows = experiment.labelled_rows
+            rows = experiment.data.labelled_rows
             fitted = {name: logits_of(experiment, names, rows) for name, names in FEATURES.items()}
             fitted["both concatenated"] = logits_of(experiment, FEATURES["image"] + FEATURES["text"], rows)
-            prior = log_prior(experiment.labels("train")[rows], "multilabel", len(experiment.dataset.classes))
+            prior = experiment.prior()
             fused = {
                 split: late_fusion(
                     [fitted[name][1][split].clamp(-20, 20) for name in FEATURES], prior, "multilabel"

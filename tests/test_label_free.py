@@ -1,4 +1,4 @@
-"""Label-free means label-free: other labels, or none, give the same features, search and pretraining, bit for bit."""
+"""Other labels, or none, give the same features, search and pretraining, bit for bit."""
 
 import random
 

@@ -15,8 +15,8 @@ POSTERS = Path(
 )
 BASELINES = {"text", "image", "two_stream", "late_fusion", "random_genotype"}
 RUN_FILES = {
-    "config.yaml", "record.json", "genotype.json", "genotype.svg", "genotype.png", "metrics.csv", "curves.png",
-    "log.txt", "network.safetensors",
+    "config.yaml", "record.json", "genotype.json", "genotype.svg", "genotype.png", "metrics.csv",
+    "curves.png", "log.txt", "network.safetensors",
 }  # fmt: skip
 RECORD_KEYS = {
     "schema", "experiment", "overrides", "seed", "label_free", "genotype", "margins", "metrics", "baselines",
@@ -47,7 +47,7 @@ def record_of(place, done):
 
 
 def test_the_run_folder_is_the_only_output_and_complete(quickstart):
-    place, done, record = quickstart
+    place, done, _ = quickstart
     assert done.out.splitlines() == [str(done.folder)]
     assert done.folder.parts[:2] == ("outputs", "ssl_nas_movies")
     assert done.folder.name == "seed_0"
@@ -61,7 +61,7 @@ def test_the_run_folder_is_the_only_output_and_complete(quickstart):
 
 
 def test_the_record_holds_what_the_report_needs(quickstart):
-    place, done, record = quickstart
+    record = quickstart[2]
     assert set(record) == RECORD_KEYS
     assert (record["experiment"], record["seed"], record["label_free"]) == ("ssl_nas_movies", 0, True)
     assert record["overrides"] == list(TINY)
@@ -140,7 +140,7 @@ def test_a_smaller_share_of_labels_shares_search_and_pretraining(started):
 
 
 def test_the_label_free_stages_alone(started):
-    place, record = started
+    place, _ = started
     done = succeed(*ALONE, "seed=1", LABEL_FREE, cwd=place)
     alone = record_of(place, done)
     assert set(alone["stages"]) == {"features", "search", "pretrain"}

@@ -314,8 +314,8 @@ def report_fusion_table(results: Path) -> list[Path]:
             "# Every single-cell fusion genotype of the posters (our own small-scale study)",
             "",
             f"{len(first)} genotypes (N = 1, M = 1, ordered pairs of 8 features x 4 operations), r = 0.3 of",
-            "2,401 training movies, from scratch, `scale=cpu`; test F1-W, selected on val. Ranks on test tell",
-            "the landscape and choose nothing. Regret: points below the best five-seed mean.",
+            "2,401 training movies, from scratch, `scale=cpu`; test F1-W, selected on val. Ranks on test",
+            "tell the landscape and choose nothing. Regret: points below the best five-seed mean.",
             "",
             f"Command: `make fusion-table POSTERS=<movie_posters>`; hardware {rows[-1]['hardware']}; commits "
             f"{', '.join(sorted({str(row['commit'])[:12] for row in rows}))}; data {rows[-1]['data']}.",

@@ -1,0 +1,184 @@
+"""The data of a run: a dataset, its features by frozen encoders, and sources that training reads."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mmnas_lab import distributed
+from mmnas_lab.backbone.feature_cache import FeatureCache, compute_features
+from mmnas_lab.backbone.feature_source import FeatureSource
+from mmnas_lab.backbone.frozen import Backbone
+from mmnas_lab.build import build
+from mmnas_lab.config import Config, FeatureViews
+from mmnas_lab.dataset.base import SPLITS, Dataset, LabelFree
+from mmnas_lab.dataset.split import labelled_share
+from mmnas_lab.dataset.views import FeatureViews as DrawnFeatureViews
+from mmnas_lab.dataset.views import ImageViews, TextViews, ViewFamily
+from mmnas_lab.encoder_training import prepare_encoders
+from mmnas_lab.objective.base import Objective
+from mmnas_lab.stage import StageResult, stage, write_json
+from mmnas_lab.training import Runtime
+from mmnas_lab.types import InputError, OutputInfo, Split
+
+log = logging.getLogger(__name__)
+
+# Raised when a stage's result changes for the same settings.
+VERSIONS = {"data": 1, "features": 1}
+
+
+class Data:
+    """A dataset with its features.
+
+    Args:
+        config: checked settings.
+        root: folder of all stages.
+        length: positions to which backbone maps are pooled.
+        runtime: hardware and listeners.
+        objective: makes an objective for a network's output; encoders without weights need one.
+
+    Raises:
+        InputError: data or encoders that cannot be used; nothing has been computed then.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        root: Path,
+        length: int,
+        runtime: Runtime,
+        objective: Callable[[Mapping[str, Any], OutputInfo], Objective],
+    ) -> None:
+        self.config, self.root, self.length, self.runtime = config, root, length, runtime
+        self.objective = objective
+        self.stages: dict[str, StageResult] = {}
+        self._labels: dict[Split, Tensor] = {}
+        self.dataset: Dataset = build(config.dataset, "dataset")
+        self.backbone: Backbone = build(config.backbone, "backbone")
+        self.backbone.check(self.dataset.modalities)
+        self.dataset.open()
+        self._leave_out_unreadable()
+
+    def _leave_out_unreadable(self) -> None:
+        """Find samples that cannot be used, once for this data; stop with all of them, or leave them out."""
+        dataset = self.dataset
+        if not hasattr(dataset, "on_bad_sample"):
+            return
+
+        def compute(folder: Path) -> None:
+            if distributed.rank() == 0:
+                bad = {
+                    split: {str(k): why for k, why in dataset.unreadable(split).items()} for split in SPLITS
+                }
+                write_json(folder / "unreadable.json", bad)
+
+        result = stage(
+            self.root, "data", dataset.name, VERSIONS["data"], {}, {"data": dataset.fingerprint()}, compute
+        )
+        bad = json.loads((result.folder / "unreadable.json").read_text())
+        lines = [
+            f"  {split} {dataset.ids(split)[int(k)]}: {why}"
+            for split in SPLITS
+            for k, why in bad[split].items()
+        ]
+        if lines and dataset.on_bad_sample == "stop":
+            raise InputError(
+                f"{len(lines)} samples of dataset '{dataset.name}' cannot be read:\n"
+                + "\n".join(lines)
+                + "\n"
+                "repair or remove them, or leave them out with dataset.on_bad_sample=skip"
+            )
+        if lines:
+            log.warning("left out %d unreadable samples:\n%s", len(lines), "\n".join(lines))
+            dataset.drop({split: [int(k) for k in bad[split]] for split in SPLITS})
+
+    def labels(self, split: Split) -> Tensor:
+        """All labels of a split, read once."""
+        if split not in self._labels:
+            self._labels[split] = self.dataset.labels(split)
+        return self._labels[split]
+
+    @cached_property
+    def labelled_rows(self) -> Tensor:
+        """The labelled share of the training rows."""
+        return labelled_share(self.labels("train"), self.config.labelled_share, self.config.seed)
+
+    def features(self) -> FeatureCache:
+        """Pooled features of all splits by frozen encoders, with cached views of train and val."""
+        settings = self.config.features
+        views: dict[str, ViewFamily] = {
+            "image": ImageViews(settings.image_strength),
+            "text": TextViews(settings.text_strength),
+        }
+        unlabelled = LabelFree(self.dataset)
+        encoder_settings = self.config.encoder_pretrain
+        prepared = prepare_encoders(
+            self.backbone,
+            unlabelled,
+            views,
+            encoder_settings,
+            lambda info: self.objective(encoder_settings.objective, info),
+            settings.view_seed,
+            self.root,
+            self.runtime,
+        )
+        result = stage(
+            self.root,
+            "features",
+            self.dataset.name,
+            VERSIONS["features"],
+            {**settings.model_dump(), "length": self.length},
+            {"data": self.dataset.fingerprint(), "backbone": self.backbone.fingerprint(), **prepared},
+            lambda folder: compute_features(
+                unlabelled,
+                self.backbone,
+                views,
+                settings.num_views,
+                settings.view_seed,
+                self.length,
+                folder,
+                progress=self._counted,
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+                barrier=distributed.barrier,
+            ),
+        )
+        self.stages["features"] = result
+        return FeatureCache(result.folder)
+
+    @cached_property
+    def cache(self) -> FeatureCache:
+        """The features; computed at first use."""
+        return self.features()
+
+    def source(
+        self,
+        split: Split,
+        rows: Tensor | None = None,
+        labelled: bool = False,
+        names: tuple[str, ...] | None = None,
+        views: FeatureViews | None = None,
+    ) -> FeatureSource:
+        """Samples of a split: features of these names, with or without labels."""
+        drawn = views or FeatureViews()
+        return FeatureSource(
+            self.cache,
+            split,
+            rows,
+            self.labels(split) if labelled else None,
+            names,
+            DrawnFeatureViews(drawn.dropout, drawn.noise, drawn.drop_modality),
+            device=self.runtime.device,
+        )
+
+    def _counted(self, items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
+        """Pass items on, and say how many have been taken."""
+        for done, item in enumerate(items, 1):
+            yield item
+            self.runtime.progress(label, done, total)
