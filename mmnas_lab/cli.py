@@ -65,7 +65,8 @@ def main() -> None:
         sys.exit(DONE)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of ending in Hydra's exit code 1
     _log_to_console()
-    signal.signal(signal.SIGINT, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     code = DONE
     try:
         _check_groups(arguments)

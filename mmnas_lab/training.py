@@ -226,6 +226,11 @@ class Fit(pl.LightningModule):
         sums = distributed.mean_over_ranks([self.sums[name] for name in names])
         return {name: float(total[0] / total[1]) for name, total in zip(names, sums, strict=True)}
 
+    def last_values(self) -> str:
+        """The last value of everything logged, as text: losses, scores, collapse monitors."""
+        last = {point.name.split("/")[-1]: point.value for point in self.history}
+        return ", ".join(f"{name} {value:.3f}" for name, value in last.items()) or "nothing logged"
+
     # Save points.
 
     def save(self) -> None:
@@ -408,6 +413,7 @@ def train(
         fit.scored.load_state_dict(fit.best)
     distributed.broadcast_buffers(fit.scored)
     fit.scored.eval()
+    log.info("%s: %s", label, fit.last_values())
     return Trained(fit.scored, fit.history, fit.selection, time.monotonic() - start)
 
 

@@ -56,7 +56,7 @@ class ProgressReport:
         if self._bars is not None:
             self._bars.stop()
         for listener in self.listeners:
-            listener.close()
+            listener.finish()
 
     def listen(self, listeners: Sequence[Any]) -> None:
         """Pass all further points to these loggers."""

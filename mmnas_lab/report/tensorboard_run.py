@@ -47,6 +47,6 @@ class TensorBoardRun:
         for name, value in values.items():
             self.writer.add_scalar(f"summary/{name}", value)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Write everything."""
         self.writer.close()

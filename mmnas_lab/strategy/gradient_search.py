@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ from mmnas_lab.randomness import seed_of
 from mmnas_lab.search_space.base import Hypernet
 from mmnas_lab.strategy.base import Problem, SearchResult
 from mmnas_lab.training import Fit, make_optimizer, make_schedule
-from mmnas_lab.types import Batch
+from mmnas_lab.types import Batch, InputError
+
+log = logging.getLogger(__name__)
 
 Alternation = Literal["batch", "epoch"]
 
@@ -191,6 +194,11 @@ class Bilevel:
     def search(self, problem: Problem, folder: Path) -> SearchResult:
         """The genotype with the lowest eval-mode loss on the whole architecture half, over the epochs."""
         settings, address = problem.settings, (problem.seed, "search")
+        if settings.warmup_epochs >= settings.epochs:
+            raise InputError(
+                f"search.warmup_epochs={settings.warmup_epochs} leaves no epoch of search.epochs={settings.epochs} "
+                "to move the architecture; lower it"
+            )
         whole = problem.needs.views == 2
         torch.manual_seed(seed_of(*address, "init"))
         network = problem.space.hypernet(problem.inputs)
@@ -213,6 +221,7 @@ class Bilevel:
             alternation=self.alternation,
         )
         module.run()
+        log.info("search: %s", module.last_values())
         best = module.best
         trace = {"names": network.choice_names(), "records": module.trace}
         return SearchResult(
