@@ -196,7 +196,7 @@ class Bilevel:
         settings, address = problem.settings, (problem.seed, "search")
         if settings.warmup_epochs >= settings.epochs:
             raise InputError(
-                f"search.warmup_epochs={settings.warmup_epochs} leaves no epoch of search.epochs={settings.epochs} "
+                f"search.warmup_epochs={settings.warmup_epochs} leaves none of epochs={settings.epochs} "
                 "to move the architecture; lower it"
             )
         whole = problem.needs.views == 2
