@@ -32,9 +32,9 @@ def assert_same_search(first, second):
     assert one.genotype == other.genotype
     assert one.margins == other.margins
     assert one.selection == other.selection
-    assert one.history == other.history
     assert one.trace == other.trace
     assert same_state(its_states[-1], other_states[-1])
+    assert one.history == other.history
 
 
 @pytest.mark.parametrize("alternation", ALTERNATIONS)

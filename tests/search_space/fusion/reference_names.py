@@ -20,7 +20,7 @@ OWN = [
 
 
 def named(network, genotype=None):
-    """{reference name: (tensor of ours, whether it is transposed)} of all parameters and running statistics."""
+    """{reference name: (tensor of ours, whether it is transposed)} of parameters and running statistics."""
     features = network.features if genotype is None else network.names
     found = {}
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:

@@ -1,4 +1,4 @@
-"""The hypernet and found networks are the literal equations, outputs and every gradient, over random sizes."""
+"""The hypernet and found networks are the literal equations: outputs and every gradient, at random sizes."""
 
 import random
 
@@ -73,7 +73,7 @@ def compare(network, run_reference, features, generator, dtype, genotype=None):
     """Outputs and gradients of the network in `dtype` against the reference in float64.
 
     In float64 to 1e-10 of each tensor's largest magnitude, in float32 to 1e-5 of it. A gradient that is small
-    beside the others, or vanishes, is held to a tenth of the largest one. A BatchNorm over few values makes the
+    beside the others, or vanishes, is held to a tenth of the largest one. BatchNorm over few values makes the
     equations themselves inexact in float32: there the bound is what the reference loses, times 32, and the
     bias before it, whose gradient is exactly 0 and in float32 only rounding, is left out.
     """
