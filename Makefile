@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@UV="uv"; command -v uv >/dev/null 2>&1 || UV="$(PYTHON) -m uv"; \
 		if [ -x $(VENV)-uv/bin/uv ]; then UV="$(VENV)-uv/bin/uv"; fi; \
 		test -x $(BIN)/python || $$UV venv --quiet --python $(PYTHON) $(VENV); \
-		$$UV pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e . \
+		$$UV pip install --quiet --python $(BIN)/python -c constraints.txt -e . \
 			--group encoders --group dev
 	@touch $@
 

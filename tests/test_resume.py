@@ -39,8 +39,8 @@ def with_features(folder, stages):
     return folder
 
 
-def kill(place, *options, **where):
-    done = run(*COMMAND, *options, cwd=place, hook={"name": "kill_at", **where})
+def kill(folder, *options, **where):
+    done = run(*COMMAND, *options, cwd=folder, hook={"name": "kill_at", **where})
     assert done.code == -signal.SIGKILL, f"{where} was not reached:\n{done.err}"
     return done
 
