@@ -79,7 +79,9 @@ def main() -> None:
         code = INTERRUPTED if _State.interrupted else (exit_.code if isinstance(exit_.code, int) else FAILED)
     except BaseException as error:
         code = _explain(error, arguments)
-    if code == INTERRUPTED:
+    if (
+        code == INTERRUPTED and "LOCAL_RANK" not in os.environ
+    ):  # ranks leave it to the process that started them
         _say("interrupted; the same command goes on from the last save point")
     failures = [outcome for outcome in _State.outcomes if outcome.code != DONE]
     if code == DONE and failures:

@@ -153,5 +153,6 @@ def _pretrain(
         runtime=runtime,
         evaluations=settings.evaluations,
         save_point=folder / "encoder.ckpt",
+        unused_parameters=True,  # an image model's own classifier
     )
     trained.scored.network.cpu()

@@ -65,15 +65,17 @@ class Runtime:
         """Where tensors are kept."""
         return torch.device("cuda" if self.accelerator == "gpu" else "cpu")
 
-    def trainer(self, **options: Any) -> pl.Trainer:
-        """A Lightning Trainer for one fit."""
+    def trainer(self, unused_parameters: bool = False, **options: Any) -> pl.Trainer:
+        """A Lightning Trainer for one fit; `unused_parameters` lets DDP meet ones that no loss depends on."""
         from lightning.pytorch.strategies import DDPStrategy
 
         strategy: Any = "auto"
         if self.devices > 1:
             backend = "nccl" if self.accelerator == "gpu" else "gloo"
             strategy = DDPStrategy(
-                process_group_backend=backend, timeout=timedelta(seconds=self.timeout_seconds)
+                process_group_backend=backend,
+                timeout=timedelta(seconds=self.timeout_seconds),
+                find_unused_parameters=unused_parameters,
             )
         return pl.Trainer(
             accelerator=self.accelerator,
@@ -216,15 +218,17 @@ class Fit(pl.LightningModule):
             self.save()
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add a () value to the mean over this epoch, without leaving the device."""
-        pair = torch.stack([value.detach().double(), torch.ones_like(value, dtype=torch.float64)])
+        """Add a () value to the mean over this epoch and all ranks, without leaving the device.
+
+        The sums are equal on all ranks, so that a save point of rank 0 holds them all.
+        """
+        (mean,) = distributed.mean_over_ranks([value.detach().double()])
+        pair = torch.stack([mean, torch.ones_like(mean)])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def epoch_means(self) -> dict[str, float]:
-        """Means of what was added in this epoch, over all ranks."""
-        names = sorted(self.sums)
-        sums = distributed.mean_over_ranks([self.sums[name] for name in names])
-        return {name: float(total[0] / total[1]) for name, total in zip(names, sums, strict=True)}
+        """Means of what was added in this epoch."""
+        return {name: float(total[0] / total[1]) for name, total in sorted(self.sums.items())}
 
     def last_values(self) -> str:
         """The last value of everything logged, as text: losses, scores, collapse monitors."""
@@ -376,6 +380,7 @@ def train(
     num_epochs: int | None = None,
     evaluations: int = 1,
     save_point: Path | None = None,
+    unused_parameters: bool = False,
 ) -> Trained:
     """Train a network and its objective, and load the state that is best on `evaluation`.
 
@@ -391,6 +396,7 @@ def train(
         num_epochs: instead of `settings.epochs`.
         evaluations: number of evaluations, evenly spaced over the epochs.
         save_point: where the state is kept while it runs.
+        unused_parameters: the network has parameters that the loss does not depend on.
 
     Raises:
         TrainingError: a loss that is not finite.
@@ -408,7 +414,7 @@ def train(
         evaluation=evaluation,
         evaluations=evaluations,
     )
-    fit.run(gradient_clip_val=settings.clip_norm)
+    fit.run(gradient_clip_val=settings.clip_norm, unused_parameters=unused_parameters)
     if fit.best:
         fit.scored.load_state_dict(fit.best)
     distributed.broadcast_buffers(fit.scored)

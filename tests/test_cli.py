@@ -140,9 +140,10 @@ def test_a_sweep_file_runs_its_rows_times_its_seeds(tmp_path):
     assert "did you mean tiny" in message
 
 
-def test_an_interrupted_run_ends_with_130_and_goes_on(tmp_path):
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_with_130_and_goes_on(tmp_path, by):
     command = [*TINY, "baselines=[]", "stages=[features,search]", "trainer.checkpoint_seconds=0"]
-    hook = {"name": "kill_at", "place": "after_step", "fit": "search", "number": 2, "by": signal.SIGINT}
+    hook = {"name": "kill_at", "place": "after_step", "fit": "search", "number": 2, "by": by}
     stopped = run(*command, cwd=tmp_path, hook=hook)
     assert stopped.code == 130
     assert "interrupted; the same command goes on" in stopped.err

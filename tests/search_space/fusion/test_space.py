@@ -45,7 +45,7 @@ def test_the_paper_protocol_has_its_closed_form():
         ({"num_steps": 0}, "search_space.num_steps must be at least 1, got 0"),
         ({"channels": -1}, "search_space.channels must be at least 1, got -1"),
         ({"length": 8}, r"search_space.length must be a square \(1, 4, 9, 16, ...\), got 8"),
-        ({"cell_outputs": 4}, r"cell_outputs must be between 1 and num_steps \+ 2 = 3, got 4"),
+        ({"cell_outputs": 4}, r"cell_outputs must be 1 to num_steps \+ 2 = 3, got 4"),
         ({"head_cells": 3}, "head_cells must be between 1 and num_cells = 2, got 3"),
     ],
 )
