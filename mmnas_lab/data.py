@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -147,6 +148,7 @@ class Data:
                 rank=distributed.rank(),
                 world_size=distributed.world_size(),
                 barrier=distributed.barrier,
+                workers=max(1, (os.cpu_count() or 1) // distributed.world_size()),
             ),
         )
         self.stages["features"] = result
