@@ -112,6 +112,7 @@ class Table:
                     "search": kind,
                     "pairing": pairing,
                     "seed": seed,
+                    "arch_lr": experiment.config.search.arch_optimizer.lr,
                     "genotype": name_of(genotype.to_json()),
                     "genotype_json": genotype.to_json(),
                     "margins": json.loads((result.folder / "margins.json").read_text()),

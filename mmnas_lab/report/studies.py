@@ -299,6 +299,7 @@ def report_fusion_table(results: Path) -> list[Path]:
         {
             "search": row["search"],
             "pairing": row["pairing"],
+            "rate of alpha": row["arch_lr"],
             "seed": row["seed"],
             "genotype": row["genotype"],
             "rank (test, seed 0)": rank.get(row["genotype"]),
