@@ -26,17 +26,18 @@ BASELINES = {
     "two_stream": "two-stream",
     "late_fusion": "late fusion",
 }
+JOBS_OF_A_SEED = 16  # 2 searches x 2 trainings x 4 shares
 SCRATCH, PRETRAINED = "from scratch", "pretrained"
 
 
 def collect_posters(outputs: Path, results: Path) -> int:
-    """Add finished runs of the sweep to the rows; gives the number of new rows.
+    """Add the runs of the sweep's finished seeds to the rows; gives the number of new rows.
 
     A row is one record without its per-class figures, drawings and stage keys.
     """
     results.mkdir(parents=True, exist_ok=True)
     have = {_identity(row) for row in read_rows(results / POSTERS)}
-    new = 0
+    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(outputs.glob("*_mmimdb/*/seed_*/record.json")):
         record = json.loads(path.read_text())
         if record["experiment"] not in NETWORKS or "test" not in record["metrics"]:
@@ -44,10 +45,12 @@ def collect_posters(outputs: Path, results: Path) -> int:
         config = (path.parent / "config.yaml").read_text()
         row = _row(record, config)
         if row is not None and _identity(row) not in have:
-            append(results / POSTERS, row)
             have.add(_identity(row))
-            new += 1
-    return new
+            found[row["seed"]].append(row)
+    whole = [row for rows in found.values() if len(rows) >= JOBS_OF_A_SEED for row in rows]
+    for row in whole:
+        append(results / POSTERS, row)
+    return len(whole)
 
 
 def _row(record: Mapping[str, Any], config_text: str) -> dict[str, Any] | None:
