@@ -302,7 +302,7 @@ def _explain(error: BaseException, arguments: list[str]) -> int:
         return error.code
     if isinstance(error, (InputError, TrainingError)):
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3.0)  # rank 0 mostly says the same, and then this rank is ended before it speaks
+            time.sleep(10)  # rank 0 mostly says the same, and then this rank is ended before it speaks
         _say(f"error: {error}")
         return BAD_INPUT if isinstance(error, InputError) else FAILED
     if isinstance(error, MissingMandatoryValue):

@@ -192,7 +192,7 @@ def assemble(
         data["labels"] = experiment.data.dataset.label_fingerprint()
     return {
         "experiment": config.experiment,
-        "overrides": list(overrides),
+        "overrides": [word for word in overrides if not word.startswith(("output=", "logger"))],
         "seed": config.seed,
         "label_free": experiment.data.backbone.label_free and label_free_search,
         "genotype": found.genotype.to_json() if found else None,

@@ -2,6 +2,7 @@ import json
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from cli_support import ROOT, TINY, one_message, run, run_process, succeed
@@ -118,8 +119,8 @@ def test_a_sweep_goes_on_past_a_failed_job(tmp_path):
     assert "Traceback" not in done.err
 
 
+@pytest.mark.skipif(find_spec("hydra_plugins") is None, reason="needs hydra-joblib-launcher")
 def test_failures_come_back_from_a_launcher_with_processes_of_its_own(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     done = run("-m", "launcher=joblib", "seed=0,1", "+nokey=1", cwd=tmp_path)
     assert done.code == 1
     assert "2 of 2 jobs failed:" in done.err
