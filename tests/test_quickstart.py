@@ -184,7 +184,7 @@ def test_loggers_get_a_run_that_reuses_its_stages(started, logger, files):
     done = succeed(*TINY, f"logger={logger}", cwd=place, drawings=True)
     assert reproducible(record_of(place, done))["metrics"] == record["metrics"]
     written = list(place.rglob(files))
-    assert len(written) == 1
+    assert len(written) == 1, done.err
     assert written[0].stat().st_size > 2000
 
 

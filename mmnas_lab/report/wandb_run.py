@@ -55,7 +55,13 @@ class WandbRun:
 
             folder.mkdir(parents=True, exist_ok=True)
             quiet = wandb.Settings(
-                silent=True, console="off", save_code=False, disable_git=True, x_disable_stats=True
+                silent=True,
+                console="off",
+                save_code=False,
+                disable_git=True,
+                x_disable_stats=True,
+                x_service_wait=300,  # its process takes long to start on a busy machine
+                init_timeout=300,
             )
             with self._writing_below_folder():
                 self._run = wandb.init(
