@@ -45,7 +45,7 @@ fusion-table: install
 
 study: install
 	$(BIN)/python run.py -m sweep=ssl_nas_posters dataset.path=$(POSTERS)
-	$(BIN)/python scripts/report.py results
+	$(BIN)/python scripts/report.py results --collect outputs
 
 clean:
 	rm -rf outputs/stages outputs/multirun .pytest_cache .mypy_cache .ruff_cache
