@@ -240,7 +240,9 @@ def _server() -> _Server:
 
 def _environment() -> dict[str, str]:
     kept = {
-        k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "WANDB_SERVICE")
     }
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**kept, "PYTHONPATH": os.pathsep.join(paths), "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
