@@ -7,6 +7,7 @@ from statistics import fmean
 import pytest
 
 from mmnas_lab.report import studies
+from mmnas_lab.report.studies import SEEDS_TUNED_ON
 from mmnas_lab.study_rows import append, read_rows
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -41,8 +42,12 @@ def test_the_best_and_every_searched_genotype_have_five_fresh_seeds():
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_the_default_label_free_search_finds_good_genotypes(split):
-    """Above the mean of all genotypes, and within two points of the best, with each of three seeds."""
-    default = [r for r in SEARCHES if r["pairing"] == "distinct" and "dropping" in r["search"]]
+    """Above the mean of all genotypes, and within two points of the best, with the seeds tuned on."""
+    default = [
+        row
+        for row in SEARCHES
+        if row["pairing"] == "distinct" and "dropping" in row["search"] and row["seed"] in SEEDS_TUNED_ON
+    ]
     assert sorted(row["seed"] for row in default) == [0, 1, 2]
     mean_of_all = fmean(row[split] for row in TABLE if row["seed"] == 0)
     repeated = means(split)

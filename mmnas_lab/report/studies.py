@@ -26,6 +26,7 @@ BASELINES = {
     "two_stream": "two-stream",
     "late_fusion": "late fusion",
 }
+SEEDS_TUNED_ON = (0, 1, 2)  # those of the fusion table's searches on which the defaults were chosen
 JOBS_OF_A_SEED = 16  # 2 searches x 2 trainings x 4 shares
 SCRATCH, PRETRAINED = "from scratch", "pretrained"
 
@@ -298,6 +299,19 @@ def report_fusion_table(results: Path) -> list[Path]:
         }
         for name in sorted(repeated, key=lambda name: -repeated[name])
     ]
+    ordered = sorted(searches, key=lambda row: (row["search"], row["pairing"], row["arch_lr"], row["seed"]))
+    summary = [
+        {
+            "search": kind,
+            "pairing": pairing,
+            "rate of alpha": rate,
+            "test, seeds tuned on (0-2)": _regrets(group, repeated, best, tuned_on=True),
+            "test, other seeds": _regrets(group, repeated, best, tuned_on=False),
+            "val, seeds tuned on (0-2)": _regrets(group, repeated_val, best_val, tuned_on=True),
+            "val, other seeds": _regrets(group, repeated_val, best_val, tuned_on=False),
+        }
+        for (kind, pairing, rate), group in _groups(ordered).items()
+    ]
     found = [
         {
             "search": row["search"],
@@ -306,12 +320,10 @@ def report_fusion_table(results: Path) -> list[Path]:
             "seed": row["seed"],
             "genotype": row["genotype"],
             "rank (test, seed 0)": rank.get(row["genotype"]),
-            "regret on test (points)": _regret(repeated, row["genotype"], best),
-            "regret on val (points)": _regret(repeated_val, row["genotype"], best_val),
             "above random": repeated.get(row["genotype"], 0) > mean_of_all,
             "margin of inputs": f"{row['margins']['cell.0.inputs']:.4f}",
         }
-        for row in sorted(searches, key=lambda row: (row["search"], row["pairing"], row["seed"]))
+        for row in ordered
     ]
     text = "\n".join(
         [
@@ -327,7 +339,11 @@ def report_fusion_table(results: Path) -> list[Path]:
             f"All genotypes, one seed: mean {mean_of_all:.3f}, best {first[ranked[0]]['test']:.3f} "
             f"{ranked[0]}, worst {first[ranked[-1]]['test']:.3f} {ranked[-1]}.",
             "",
-            "## Where searches land",
+            "## Where searches land: points below the best five-seed mean, one figure a seed of the search",
+            "",
+            markdown_table(summary, list(summary[0])) if summary else "No search yet.",
+            "",
+            "## What each search found",
             "",
             markdown_table(found, list(found[0])) if found else "No search yet.",
             "",
@@ -340,8 +356,24 @@ def report_fusion_table(results: Path) -> list[Path]:
     return [_write(results / "fusion_table.md", text)]
 
 
-def _regret(means: Mapping[str, float], name: str, best: float) -> str | None:
-    return f"{100 * (best - means[name]):.1f}" if name in means else None
+def _groups(
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[tuple[str, str, float], list[Mapping[str, Any]]]:
+    groups: dict[tuple[str, str, float], list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["search"], row["pairing"], row["arch_lr"]].append(row)
+    return groups
+
+
+def _regrets(
+    rows: Sequence[Mapping[str, Any]], means: Mapping[str, float], best: float, tuned_on: bool
+) -> str:
+    regrets = [
+        f"{100 * (best - means[row['genotype']]):.1f}" if row["genotype"] in means else "not repeated"
+        for row in rows
+        if (row["seed"] in SEEDS_TUNED_ON) == tuned_on
+    ]
+    return ", ".join(regrets)
 
 
 def _write(path: Path, text: str) -> Path:
