@@ -304,8 +304,8 @@ def bench_cache(
 ) -> dict[str, Any]:
     """Target 4: a shuffled epoch from the file against reading it in order, and the share spent waiting.
 
-    `ratio` compares reading with reading, both in the file's float16; `converted_ratio` and waiting are of the
-    batches that training gets, which are converted to float32 and standardised too. The readings are
+    `ratio` compares reading with reading, both in the file's float16; `converted_ratio` and waiting are of
+    the batches that training gets, which are converted to float32 and standardised too. The readings are
     interleaved; the file stays in the page cache for all.
     """
     cache = FeatureCache(folder)

@@ -28,12 +28,13 @@ class Model(BaseModel):
 
 
 class Optimizer(Model):
-    """An optimizer of torch and its rate; betas are Adam's."""
+    """An optimizer of torch and its rate; betas are Adam's, momentum is SGD's."""
 
-    name: Literal["adam", "adamw"] = "adam"
+    name: Literal["adam", "adamw", "sgd"] = "adam"
     lr: Positive = 1e-3
     weight_decay: NonNegative = 1e-4
     betas: tuple[Probability, Probability] = (0.9, 0.999)
+    momentum: Probability = 0.9
 
 
 class FitSettings(Model):
@@ -43,6 +44,7 @@ class FitSettings(Model):
     batch_size: Count
     optimizer: Optimizer
     schedule: Literal["one_cycle", "cosine", "constant"] = "cosine"
+    final_lr: NonNegative = 1e-6
     clip_norm: Positive | None = None
 
 
@@ -52,6 +54,18 @@ class FeatureViews(Model):
     dropout: Probability = 0.0
     noise: NonNegative = 0.0
     drop_modality: Probability = 0.0
+
+
+class PixelViews(Model):
+    """Views of pictures in one stage, for networks that read pixels: see `dataset.pixel_views`."""
+
+    crop_padding: Amount = 0
+    least_area: Probability = 1.0
+    flip: bool = False
+    jitter: NonNegative = 0.0
+    grey: Probability = 0.0
+    solarise: Probability = 0.0
+    cutout: Amount = 0
 
 
 class Features(Model):
@@ -71,12 +85,21 @@ class Search(FitSettings):
 
     The architecture optimizer moves alpha, beta and gamma; for `warmup_epochs` only the weights move. Epochs
     are raised until there are `min_steps` weight steps, so that a search on a small share is not cut short.
+
+    Attributes:
+        on: a label-free search trains weights on train and moves the architecture on val (`train_val`), or
+            takes two random halves of train (`train`, as DARTS splits CIFAR). A supervised one always splits
+            its labelled share.
+        view_probability: share of the samples of a one-view objective's step that are views.
     """
 
     arch_optimizer: Optimizer
     min_steps: Amount = 0
     warmup_epochs: Amount = 0
+    on: Literal["train_val", "train"] = "train_val"
+    view_probability: Probability = 0.0
     views: FeatureViews = FeatureViews()
+    pixel_views: PixelViews = PixelViews()
 
 
 class Pretrain(FitSettings):
@@ -86,6 +109,7 @@ class Pretrain(FitSettings):
     dropout: Probability | None = None
     evaluations: Count = 20
     views: FeatureViews = FeatureViews()
+    pixel_views: PixelViews = PixelViews()
 
 
 class Train(FitSettings):
@@ -107,6 +131,7 @@ class Train(FitSettings):
     evaluations: Count = 30
     on: Literal["train", "train_val"] = "train"
     views: FeatureViews = FeatureViews()
+    pixel_views: PixelViews = PixelViews()
 
 
 class Test(Model):

@@ -16,12 +16,13 @@ from mmnas_lab import distributed
 from mmnas_lab.backbone.feature_cache import FeatureCache, compute_features
 from mmnas_lab.backbone.feature_source import FeatureSource
 from mmnas_lab.backbone.frozen import Backbone
+from mmnas_lab.backbone.pixels import PixelCache, Pixels, PixelSource
 from mmnas_lab.build import build
-from mmnas_lab.config import Config, FeatureViews
+from mmnas_lab.config import Config, Pretrain, Search, Train
 from mmnas_lab.dataset.base import SPLITS, Dataset, LabelFree
+from mmnas_lab.dataset.pixel_views import PixelViews
 from mmnas_lab.dataset.split import labelled_share
-from mmnas_lab.dataset.views import FeatureViews as DrawnFeatureViews
-from mmnas_lab.dataset.views import ImageViews, TextViews, ViewFamily
+from mmnas_lab.dataset.views import FeatureViews, ImageViews, TextViews, ViewFamily
 from mmnas_lab.encoder_training import prepare_encoders
 from mmnas_lab.objective.base import Objective
 from mmnas_lab.stage import StageResult, stage, write_json
@@ -40,7 +41,7 @@ class Data:
     Args:
         config: checked settings.
         root: folder of all stages.
-        length: positions to which backbone maps are pooled.
+        length: positions to which backbone maps are pooled; None for a space that reads pictures.
         runtime: hardware and listeners.
         objective: makes an objective for a network's output; encoders without weights need one.
 
@@ -52,7 +53,7 @@ class Data:
         self,
         config: Config,
         root: Path,
-        length: int,
+        length: int | None,
         runtime: Runtime,
         objective: Callable[[Mapping[str, Any], OutputInfo], Objective],
     ) -> None:
@@ -61,10 +62,19 @@ class Data:
         self.stages: dict[str, StageResult] = {}
         self._labels: dict[Split, Tensor] = {}
         self.dataset: Dataset = build(config.dataset, "dataset")
-        self.backbone: Backbone = build(config.backbone, "backbone")
+        self.backbone: Backbone | Pixels = build(config.backbone, "backbone")
         self.backbone.check(self.dataset.modalities)
+        self._refuse_what_does_not_fit()
         self.dataset.open()
         self._leave_out_unreadable()
+
+    def _refuse_what_does_not_fit(self) -> None:
+        pixels, space = isinstance(self.backbone, Pixels), self.config.search_space["_target_"]
+        name = space.rsplit(".", 1)[-1]
+        if pixels and self.length is not None:
+            raise InputError(f"search space {name} fuses features; choose backbone=offline, or cnn_cells")
+        if not pixels and self.length is None:
+            raise InputError(f"search space {name} reads pictures; choose backbone=pixels")
 
     def _leave_out_unreadable(self) -> None:
         """Find samples that cannot be used, once for this data; stop with all of them, or leave them out."""
@@ -110,7 +120,22 @@ class Data:
         """The labelled share of the training rows."""
         return labelled_share(self.labels("train"), self.config.labelled_share, self.config.seed)
 
-    def features(self) -> FeatureCache:
+    def pixels(self, backbone: Pixels) -> PixelCache:
+        """All pictures, decoded."""
+
+        def compute(folder: Path) -> None:
+            if distributed.rank() == 0:
+                backbone.write(LabelFree(self.dataset), folder, self._counted)
+
+        inputs = {"data": self.dataset.fingerprint()}
+        settings = backbone.settings()
+        result = stage(
+            self.root, "features", self.dataset.name, VERSIONS["features"], settings, inputs, compute
+        )
+        self.stages["features"] = result
+        return PixelCache(result.folder)
+
+    def features(self, backbone: Backbone, length: int) -> FeatureCache:
         """Pooled features of all splits by frozen encoders, with cached views of train and val."""
         settings = self.config.features
         views: dict[str, ViewFamily] = {
@@ -120,7 +145,7 @@ class Data:
         unlabelled = LabelFree(self.dataset)
         encoder_settings = self.config.encoder_pretrain
         prepared = prepare_encoders(
-            self.backbone,
+            backbone,
             unlabelled,
             views,
             encoder_settings,
@@ -134,15 +159,15 @@ class Data:
             "features",
             self.dataset.name,
             VERSIONS["features"],
-            {**settings.model_dump(), "length": self.length},
-            {"data": self.dataset.fingerprint(), "backbone": self.backbone.fingerprint(), **prepared},
+            {**settings.model_dump(), "length": length},
+            {"data": self.dataset.fingerprint(), "backbone": backbone.fingerprint(), **prepared},
             lambda folder: compute_features(
                 unlabelled,
-                self.backbone,
+                backbone,
                 views,
                 settings.num_views,
                 settings.view_seed,
-                self.length,
+                length,
                 folder,
                 progress=self._counted,
                 rank=distributed.rank(),
@@ -155,9 +180,12 @@ class Data:
         return FeatureCache(result.folder)
 
     @cached_property
-    def cache(self) -> FeatureCache:
-        """The features; computed at first use."""
-        return self.features()
+    def cache(self) -> FeatureCache | PixelCache:
+        """The features, or the pictures; computed at first use."""
+        if isinstance(self.backbone, Pixels):
+            return self.pixels(self.backbone)
+        assert self.length is not None
+        return self.features(self.backbone, self.length)
 
     def source(
         self,
@@ -165,19 +193,23 @@ class Data:
         rows: Tensor | None = None,
         labelled: bool = False,
         names: tuple[str, ...] | None = None,
-        views: FeatureViews | None = None,
-    ) -> FeatureSource:
-        """Samples of a split: features of these names, with or without labels."""
-        drawn = views or FeatureViews()
-        return FeatureSource(
-            self.cache,
-            split,
-            rows,
-            self.labels(split) if labelled else None,
-            names,
-            DrawnFeatureViews(drawn.dropout, drawn.noise, drawn.drop_modality),
-            device=self.runtime.device,
-        )
+        settings: Search | Pretrain | Train | None = None,
+    ) -> FeatureSource | PixelSource:
+        """Samples of a split, with or without labels, in the views of a stage.
+
+        Args:
+            split: of the samples.
+            rows: of the split; None: all.
+            labelled: whether labels are given.
+            names: of the features that are read; None: all.
+            settings: of the stage; None: views change nothing.
+        """
+        labels, device = self.labels(split) if labelled else None, self.runtime.device
+        if isinstance(self.cache, PixelCache):
+            pixel_views = PixelViews(**settings.pixel_views.model_dump()) if settings else None
+            return PixelSource(self.cache, split, rows, labels, pixel_views, device=device)
+        views = FeatureViews(**settings.views.model_dump()) if settings else None
+        return FeatureSource(self.cache, split, rows, labels, names, views, device=device)
 
     def _counted(self, items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
         """Pass items on, and say how many have been taken."""

@@ -23,6 +23,7 @@ from mmnas_lab import distributed
 from mmnas_lab.build import build
 from mmnas_lab.config import Config
 from mmnas_lab.data import Data
+from mmnas_lab.dataset.long_tail import LongTail
 from mmnas_lab.dataset.split import halves
 from mmnas_lab.loader import Batches, DrawMixed, FixedBatches, JoinedSource, Source, draw_clean, draw_pairs
 from mmnas_lab.objective.base import Needs, Objective, Scored
@@ -107,11 +108,14 @@ class Experiment:
         def compute(folder: Path) -> None:
             if needs.labels and self.strategy.needs_data:
                 first, second = halves(self.data.labels("train"), self.data.labelled_rows, config.seed)
-                weights = self.data.source("train", first.sort().values, labelled=True)
-                architecture = self.data.source("train", second.sort().values, labelled=True)
+                weights = self.data.source("train", first.sort().values, labelled=True, settings=settings)
+                architecture = self.data.source(
+                    "train", second.sort().values, labelled=True, settings=settings
+                )
             else:
-                weights = self.data.source("train", views=settings.views)
-                architecture = self.data.source("val", views=settings.views)
+                split, parts = self._unlabelled_halves()
+                weights = self.data.source("train", parts[0], settings=settings)
+                architecture = self.data.source(split, parts[1], settings=settings)
             found = self.strategy.search(
                 Problem(
                     self.space,
@@ -120,7 +124,7 @@ class Experiment:
                     needs,
                     weights,
                     architecture,
-                    draw_pairs if needs.views == 2 else draw_clean,
+                    draw_pairs if needs.views == 2 else DrawMixed(settings.view_probability),
                     settings,
                     config.seed,
                     self.runtime,
@@ -155,8 +159,8 @@ class Experiment:
         def compute(folder: Path) -> None:
             scored, address = self._network(genotype, settings.dropout, settings.objective, "pretrain")
             names = self._feature_names(genotype)
-            train_source = self.data.source("train", names=names, views=settings.views)
-            val_source = self.data.source("val", names=names, views=settings.views)
+            train_source = self.data.source("train", names=names, settings=settings)
+            val_source = self.data.source("val", names=names, settings=settings)
             trained = train(
                 scored.network,
                 scored.objective,
@@ -197,11 +201,11 @@ class Experiment:
             if pretrained is not None:
                 scored.network.load_state_dict(load_file(pretrained.folder / "network.safetensors"))
             names = self._feature_names(genotype)
-            source: Source = self.data.source("train", self.data.labelled_rows, True, names, settings.views)
+            source: Source = self.data.source("train", self.data.labelled_rows, True, names, settings)
             held: Split | None = "val"
             if settings.on == "train_val":
                 source, held = (
-                    JoinedSource(source, self.data.source("val", None, True, names, settings.views)),
+                    JoinedSource(source, self.data.source("val", None, True, names, settings)),
                     None,
                 )
             if config.test.select == "best_test":
@@ -296,6 +300,13 @@ class Experiment:
 
     # Small things that several stages need.
 
+    def _unlabelled_halves(self) -> tuple[Split, tuple[Tensor | None, Tensor | None]]:
+        """The split that moves the architecture of a label-free search; rows of train, and of that split."""
+        if self.config.search.on == "train_val":
+            return "val", (None, None)
+        rows = torch.arange(len(self.data.dataset.ids("train")))
+        return "train", halves(None, rows, self.config.seed)
+
     @staticmethod
     def objective_needs(node: Mapping[str, Any]) -> Needs:
         """What an objective reads, from its class."""
@@ -331,9 +342,9 @@ class Experiment:
     def scores(self, logits: Tensor, split: Split) -> dict[str, Any]:
         """All metrics of a split's logits."""
         threshold = self.config.train.objective.get("threshold", 0.3)
-        return score(
-            logits, self.data.labels(split), self.data.dataset.task, threshold, self.data.dataset.classes
-        )
+        dataset = self.data.dataset
+        subsets = dataset.subsets(split) if isinstance(dataset, LongTail) else {}
+        return score(logits, self.data.labels(split), dataset.task, threshold, dataset.classes, subsets)
 
     def _feature_names(self, genotype: Any) -> tuple[str, ...]:
         features = genotype.features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,10 +29,22 @@ def predict(scored: Scored, source: Source, batch_size: int) -> Tensor:
 
 
 def score(
-    logits: Tensor, labels: Tensor, task: Task, threshold: float, classes: tuple[str, ...]
+    logits: Tensor,
+    labels: Tensor,
+    task: Task,
+    threshold: float,
+    classes: tuple[str, ...],
+    subsets: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """All metrics of logits, with `per_class` F1 by class name."""
+    """All metrics of logits, with `per_class` F1 by class name.
+
+    Of each named subset of rows the main metric as well: `accuracy_<name>`, or `f1_weighted_<name>`.
+    """
     metrics: dict[str, Any] = dict(classification_metrics(logits, labels, task, threshold))
+    main = "accuracy" if task == "multiclass" else "f1_weighted"
+    for name, rows in (subsets or {}).items():
+        part = classification_metrics(logits[rows], labels[rows], task, threshold)
+        metrics[f"{main}_{name}"] = part[main]
     metrics["per_class"] = per_class_f1(logits, labels, task, threshold, classes)
     return metrics
 

@@ -192,6 +192,8 @@ class Fit(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         epoch, start = self.position()
         self.epoch, self.steps_left = epoch, self.steps_per_epoch(epoch) - start
+        network: Any = self.scored.network
+        network.at_epoch(epoch, self.num_epochs)
         self.total_steps_cached = self.total_steps()
 
     def on_train_epoch_end(self) -> None:
@@ -424,7 +426,15 @@ def train(
 
 
 def make_optimizer(parameters: list[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
-    """Adam or AdamW over the parameters; `fused` is one pass over them, four times as fast on a CPU."""
+    """Adam, AdamW or SGD over the parameters; `fused` is one pass over them, four times as fast on a CPU."""
+    if settings.name == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     return kinds[settings.name](
         parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
@@ -439,5 +449,5 @@ def make_schedule(
     if settings.schedule == "one_cycle" and total_steps > 3:
         return schedulers.OneCycleLR(optimizer, max_lr=settings.optimizer.lr, total_steps=total_steps + 1)
     if settings.schedule in ("cosine", "one_cycle"):
-        return schedulers.CosineAnnealingLR(optimizer, T_max=max(total_steps, 1), eta_min=1e-6)
+        return schedulers.CosineAnnealingLR(optimizer, T_max=max(total_steps, 1), eta_min=settings.final_lr)
     return schedulers.ConstantLR(optimizer, factor=1.0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmnas_lab import distributed
-from mmnas_lab.loader import Batches, FixedBatches
+from mmnas_lab.loader import Batches, FixedBatches, draw_clean
 from mmnas_lab.objective.base import Scored
 from mmnas_lab.randomness import seed_of
 from mmnas_lab.search_space.base import Hypernet
@@ -216,7 +216,11 @@ class Bilevel:
                 problem.architecture, problem.draw, settings.batch_size, (*address, "arch"), whole
             ),
             held=FixedBatches(
-                problem.architecture, problem.draw, settings.batch_size, (*address, "held"), whole
+                problem.architecture,
+                problem.draw if whole else draw_clean,
+                settings.batch_size,
+                (*address, "held"),
+                whole,
             ),
             alternation=self.alternation,
         )
