@@ -61,12 +61,16 @@ def environment(command: str) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that the package lies in, with a mark if there are changes beside it."""
+    """Commit of the checkout that the package lies in, with a mark if there are changes beside it.
+
+    Rows that a study has just added under `results/` are none.
+    """
     here = Path(__file__).parent
     try:
         options = {"cwd": here, "capture_output": True, "text": True, "timeout": 10, "check": True}
         commit = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()  # type: ignore[call-overload]
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **options).stdout.strip()  # type: ignore[call-overload]
+        status = ["git", "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results"]
+        changed = subprocess.run(status, **options).stdout.strip()  # type: ignore[call-overload]
     except (OSError, subprocess.SubprocessError):
         return None
     return f"{commit}{'+changes' if changed else ''}"
