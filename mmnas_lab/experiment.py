@@ -72,6 +72,7 @@ class Experiment:
         self.results: dict[str, StageResult] = self.data.stages
         if self.needs_labels:
             self.data.labels("train")  # early, before anything is computed
+        self._refuse_batches_larger_than_the_data()
 
     def _refuse_what_does_not_fit(self) -> None:
         if self.strategy.needs_hypernet and not hasattr(self.space, "hypernet"):
@@ -81,6 +82,26 @@ class Experiment:
             )
         if self.config.pretrain.epochs and self.objective_needs(self.config.pretrain.objective).views != 2:
             raise InputError("pretrain.objective must be label-free, nt_xent for instance")
+
+    def _refuse_batches_larger_than_the_data(self) -> None:
+        """Contrastive stages need whole batches; better said now than after the features."""
+        config = self.config
+        rows = {split: len(self.data.dataset.ids(split)) for split in ("train", "val")}
+        searched = "search" in config.stages and self.strategy.needs_data
+        smallest = {"search": min(rows.values()), "pretrain": min(rows.values())}
+        if config.search.on == "train":
+            smallest["search"] = rows["train"] // 2
+        for name, settings, objective, wanted in (
+            ("search", config.search, config.objective, searched),
+            ("pretrain", config.pretrain, config.pretrain.objective, config.pretrain.epochs > 0),
+        ):
+            contrastive = self.objective_needs(objective).views == 2
+            if wanted and contrastive and settings.batch_size > smallest[name]:
+                raise InputError(
+                    f"{name}.batch_size={settings.batch_size} is larger than the {smallest[name]} samples that "
+                    f"a contrastive stage has at hand ({rows['train']} in train, {rows['val']} in val); set it "
+                    f"to {smallest[name]} or less, or use more data"
+                )
 
     @property
     def needs_labels(self) -> bool:

@@ -10,6 +10,11 @@ import yaml
 from cli_support import LABEL_FREE, TINY, reproducible, run_process, succeed
 from safetensors.torch import load_file
 
+from mmnas_lab.build import check_config
+from mmnas_lab.experiment import Experiment
+from mmnas_lab.study import compose
+from mmnas_lab.training import Runtime
+
 POSTERS = Path(
     os.environ.get("MMNAS_POSTERS", Path(__file__).resolve().parents[2] / "shared/data/movie_posters")
 )
@@ -213,3 +218,10 @@ def test_real_posters_and_plots_run_through_all_stages(tmp_path):
     record = record_of(tmp_path, done)
     assert record["data"]["counts"] == {"train": 40, "val": 20, "test": 22}
     assert len(record["metrics"]["test"]["per_class"]) == 23
+
+
+@pytest.mark.parametrize("experiment", ["ssl_nas_movies", "bm_nas_movies"])
+@pytest.mark.parametrize("scale", ["quickstart", "cpu"])
+def test_the_bundled_data_is_large_enough_for_its_scales(tmp_path, experiment, scale):
+    config = check_config(compose([f"experiment={experiment}", f"scale={scale}", f"output={tmp_path}"]))
+    Experiment(config, Runtime())  # refuses what would stop a stage
