@@ -98,8 +98,8 @@ class Experiment:
             contrastive = self.objective_needs(objective).views == 2
             if wanted and contrastive and settings.batch_size > smallest[name]:
                 raise InputError(
-                    f"{name}.batch_size={settings.batch_size} is larger than the {smallest[name]} samples that "
-                    f"a contrastive stage has at hand ({rows['train']} in train, {rows['val']} in val); set it "
+                    f"{name}.batch_size={settings.batch_size} is larger than the {smallest[name]} samples "
+                    f"that a contrastive stage has ({rows['train']} in train, {rows['val']} in val); set it "
                     f"to {smallest[name]} or less, or use more data"
                 )
 

@@ -146,6 +146,11 @@ def report_posters(results: Path) -> list[Path]:
         )
         for recipe in (SCRATCH, PRETRAINED)
     ]
+    whole: list[dict[str, Any]] = [
+        {"contrast": f"{a}, pretrained - {b}, from scratch"}
+        | {f"r = {share:g}": _difference(scores, (a, PRETRAINED), (b, SCRATCH), share) for share in shares}
+        for a, b in ((label_free, supervised), (label_free, "late fusion"))
+    ]
     pretraining_effects: list[dict[str, Any]] = [
         {"network": name}
         | {
@@ -176,6 +181,13 @@ def report_posters(results: Path) -> list[Path]:
             "## Effect of the search: paired differences over seeds, in points, with the 95 % interval",
             "",
             markdown_table(search_effects, ["contrast", *columns]),
+            "",
+            "## The whole label-free pipeline against training on labels alone, in points",
+            "",
+            "First line: SSL-NAS against BM-NAS, each as its paper runs it, search and pretraining together.",
+            "With the 95 % interval.",
+            "",
+            markdown_table(whole, ["contrast", *columns]),
             "",
             "## Effect of contrastive pretraining, in points, with the 95 % interval",
             "",
