@@ -66,14 +66,23 @@ class Features(Model):
     text_strength: NonNegative = 1.0
 
 
+class WeightedRegulariser(Model):
+    """A penalty of the mixing weights, and its weight in the loss of the architecture half-step."""
+
+    weight: NonNegative
+    function: Node
+
+
 class Search(FitSettings):
     """The stage `search`.
 
     The architecture optimizer moves alpha, beta and gamma; for `warmup_epochs` only the weights move. Epochs
     are raised until there are `min_steps` weight steps, so that a search on a small share is not cut short.
+    `regularisers` join the loss of the architecture half-step, each logged by its name here.
     """
 
     arch_optimizer: Optimizer
+    regularisers: dict[str, WeightedRegulariser] = {}
     min_steps: Amount = 0
     warmup_epochs: Amount = 0
     views: FeatureViews = FeatureViews()

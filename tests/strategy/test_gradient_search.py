@@ -1,6 +1,7 @@
 """A search moves what it should, goes on exactly after a stop, and stays in step over ranks."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from fits import (
 )
 
 from mmnas_lab import distributed
+from mmnas_lab.objective.base import Weighted
+from mmnas_lab.objective.regularisers import ZeroOne
 from mmnas_lab.strategy.gradient_search import Bilevel
 from mmnas_lab.types import TrainingError
 
@@ -72,6 +75,27 @@ def test_each_half_is_read_where_it_belongs(tmp_path):
     Bilevel("epoch").search(given, tmp_path)
     assert sum(len(rows) for rows in given.weights.seen) == 12
     assert [len(rows) for rows in given.architecture.seen] == [4, 4, 4, 4]  # one pass, one evaluation
+
+
+def test_a_regulariser_moves_the_architecture_and_is_logged_by_name(tmp_path):
+    def searched(name, regularisers):
+        given = replace(problem(runtime(), epochs=8), regularisers=regularisers)
+        return Bilevel().search(given, tmp_path / name)
+
+    def decided(result):
+        mixing = result.trace["records"][-1]["mixing"]
+        return {name: ZeroOne("l2")({name: torch.tensor(weights)}).item() for name, weights in mixing.items()}
+
+    for name in ("plain", "penalised"):
+        (tmp_path / name).mkdir()
+    plain = searched("plain", {})
+    penalised = searched("penalised", {"sharp": Weighted(1000.0, ZeroOne("l2", ["alpha"]))})
+    assert decided(penalised)["alpha"] < decided(plain)["alpha"]
+    assert {p.name for p in penalised.history} - {p.name for p in plain.history} == {"search/arch_sharp"}
+    points = {point.name: point.value for point in penalised.history if point.epoch == 7}
+    assert -0.25 < points["search/arch_sharp"] < 0
+    assert points["search/arch_loss"] < -1
+    assert points["search/weight_loss"] > 0
 
 
 def points_of_interruption(alternation):
