@@ -1,4 +1,4 @@
-"""What is hidden is reconstructed: the loss is the loop's, the network sees nothing of it, masks are fresh."""
+"""The loss is the loop's, the network sees nothing of what is hidden, and masks are fresh."""
 
 import pytest
 import torch
@@ -252,11 +252,11 @@ def test_a_ratio_of_0_or_1_is_refused(ratio):
 @pytest.mark.parametrize(
     ("output", "inputs", "settings", "message"),
     [
-        (LEVELS, IMAGE, {"patch": 5}, r"patch=5 does not divide 'image' of 8 x 12 positions; choose one of 1, 2, 4"),
-        (FUSED, IMAGE, {}, r"decodes images from feature maps .*'cell.0': \(3, 4\).*; choose a search space on pixels"),
-        (OutputInfo(4, {"a": (2, 3, 6)}), IMAGE, {}, r"whole multiple of the network's finest map, 3 x 6; 'image' is 8"),
-        (OutputInfo(4, {"a": (2, 16, 24)}), IMAGE, {}, r"whole multiple of the network's finest map, 16 x 24"),
-        (OutputInfo(4), INFOS, {"patch": 1}, r"hierarchical needs taps of one length.*set objective.decoder=plain"),
+        (LEVELS, IMAGE, {"patch": 5}, r"patch=5 does not divide 'image' of 8 x 12 .*; choose one of 1, 2, 4"),
+        (FUSED, IMAGE, {}, r"images from feature maps .*'cell.0': \(3, 4\).*; choose a search space"),
+        (OutputInfo(4, {"a": (2, 3, 6)}), IMAGE, {}, r"multiple of .* finest map, 3 x 6; 'image' is 8 x 12"),
+        (OutputInfo(4, {"a": (2, 16, 24)}), IMAGE, {}, r"multiple of the network's finest map, 16 x 24"),
+        (OutputInfo(4), INFOS, {"patch": 1}, r"needs taps of one length.*set objective.decoder=plain"),
         (LEVELS, {**IMAGE, **INFOS}, {}, r"images or pooled features of known shapes, got"),
         (FUSED, {}, {}, r"images or pooled features of known shapes, got {}"),
         (LEVELS, IMAGE, {"width": 0}, r"objective.width must be at least 1, got 0"),
