@@ -42,9 +42,18 @@ def check_config(values: Mapping[str, Any]) -> Config:
         )
     for group in GROUPS:
         check_node(getattr(config, group), group)
-    for name in OBJECTIVES:
-        check_node(getattr(config, name).objective, f"{name}.objective")
+    for path, node in _nodes_of_stages(config).items():
+        check_node(node, path)
     return config
+
+
+def _nodes_of_stages(config: Config) -> dict[str, Node]:
+    """Nodes with a `_target_` that a stage's settings hold, by their path."""
+    objectives = {f"{name}.objective": getattr(config, name).objective for name in OBJECTIVES}
+    return objectives | {
+        f"search.regularisers.{name}.function": regulariser.function
+        for name, regulariser in config.search.regularisers.items()
+    }
 
 
 def check_schema(values: Mapping[str, Any]) -> None:
@@ -55,8 +64,7 @@ def check_schema(values: Mapping[str, Any]) -> None:
     """
     config = _validated(values)
     nodes = {group: getattr(config, group) for group in GROUPS}
-    nodes |= {f"{name}.objective": getattr(config, name).objective for name in OBJECTIVES}
-    for path, node in nodes.items():
+    for path, node in {**nodes, **_nodes_of_stages(config)}.items():
         _check_names(node, path)
 
 
@@ -102,7 +110,10 @@ def _explain(problem: Any, values: Mapping[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         model: Any = Config
         for part in problem["loc"][:-1]:
-            model = model.model_fields[part].annotation
+            if typing.get_origin(model) is dict:  # models by name
+                model = typing.get_args(model)[1]
+            else:
+                model = model.model_fields[part].annotation
         return f"unknown key '{path}'; {near(str(problem['loc'][-1]), model.model_fields)}"
     if problem["type"] == "missing":
         return f"'{path}' is not set; set it on the command line or in the configuration"
@@ -179,3 +190,24 @@ def build(node: Node, path: str, **facts: Any) -> Any:
         if cause is not None:
             raise InputError(str(cause)) from None
         raise InputError(f"{path} cannot be built: {error.__cause__ or error}") from error
+
+
+def build_with_facts(node: Node, path: str, facts: Mapping[str, Any]) -> Any:
+    """The object of a checked node that holds others; each constructor is handed the facts that it names.
+
+    Raises:
+        InputError: what a constructor refuses.
+    """
+    constructor = target(node, path)
+    given = {
+        name: build_with_facts(dict(value), f"{path}.{name}", facts)
+        if isinstance(value, Mapping) and "_target_" in value
+        else value
+        for name, value in node.items()
+        if name != "_target_"
+    }
+    named = {name: facts[name] for name in inspect.signature(constructor).parameters if name in facts}
+    try:
+        return constructor(**{**named, **given})
+    except TypeError as error:
+        raise InputError(f"{path} cannot be built: {error}") from error

@@ -80,11 +80,19 @@ class Features(Model):
     text_strength: NonNegative = 1.0
 
 
+class WeightedRegulariser(Model):
+    """A penalty of the mixing weights, and its weight in the loss of the architecture half-step."""
+
+    weight: NonNegative
+    function: Node
+
+
 class Search(FitSettings):
     """The stage `search`.
 
     The architecture optimizer moves alpha, beta and gamma; for `warmup_epochs` only the weights move. Epochs
     are raised until there are `min_steps` weight steps, so that a search on a small share is not cut short.
+    `regularisers` join the loss of the architecture half-step, each logged by its name here.
 
     Attributes:
         on: a label-free search trains weights on train and moves the architecture on val (`train_val`), or
@@ -94,6 +102,7 @@ class Search(FitSettings):
     """
 
     arch_optimizer: Optimizer
+    regularisers: dict[str, WeightedRegulariser] = {}
     min_steps: Amount = 0
     warmup_epochs: Amount = 0
     on: Literal["train_val", "train"] = "train_val"

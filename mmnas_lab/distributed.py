@@ -80,6 +80,27 @@ def gather_with_grad(local: Tensor) -> Tensor:
     return _Gather.apply(local) if world_size() > 1 else local
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over ranks; backward sums the gradients that all ranks have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        total = local.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+def sum_with_grad(local: Tensor) -> Tensor:
+    """Sum over the ranks of tensors of one shape; gradients flow back to all of them."""
+    return _Sum.apply(local) if world_size() > 1 else local
+
+
 def gather_rows(local: Tensor, total: int) -> Tensor:
     """All `total` rows in order, of which rank r holds rows r, r + W, ...; carries no gradient."""
     if world_size() == 1:

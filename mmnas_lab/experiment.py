@@ -20,20 +20,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmnas_lab import distributed
-from mmnas_lab.build import build
+from mmnas_lab.build import build, build_with_facts, target
 from mmnas_lab.config import Config
 from mmnas_lab.data import Data
 from mmnas_lab.dataset.long_tail import LongTail
 from mmnas_lab.dataset.split import halves
 from mmnas_lab.loader import Batches, DrawMixed, FixedBatches, JoinedSource, Source, draw_clean, draw_pairs
-from mmnas_lab.objective.base import Needs, Objective, Scored
+from mmnas_lab.objective.base import Needs, Objective, Scored, Weighted, union
 from mmnas_lab.randomness import seed_of
 from mmnas_lab.record import read_history, save_module, write_history
 from mmnas_lab.stage import StageResult, digest, stage, write_json
 from mmnas_lab.strategy.base import Problem
 from mmnas_lab.testing import log_prior, predict, score
 from mmnas_lab.training import Runtime, train
-from mmnas_lab.types import InputError, OutputInfo, Split
+from mmnas_lab.types import InputError, InputInfos, OutputInfo, Split
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,13 @@ class Experiment:
                 f"strategy={self.strategy.name} needs a space with a hypernet, and '{self.space.name}' "
                 "has none; choose strategy=random or strategy=fixed"
             )
-        if self.config.pretrain.epochs and self.objective_needs(self.config.pretrain.objective).views != 2:
+        if self.config.pretrain.epochs and self.objective_needs(self.config.pretrain.objective).labels:
             raise InputError("pretrain.objective must be label-free, nt_xent for instance")
+        if self.config.search.regularisers and not self.strategy.needs_hypernet:
+            raise InputError(
+                f"search.regularisers penalise mixing weights, and strategy={self.strategy.name} has none; "
+                "choose strategy=bilevel, or leave them out"
+            )
 
     def _refuse_batches_larger_than_the_data(self) -> None:
         """Contrastive stages need whole batches; better said now than after the features."""
@@ -141,7 +146,7 @@ class Experiment:
                 Problem(
                     self.space,
                     self.data.cache.infos,
-                    lambda info: self.objective(config.objective, info),
+                    lambda info: self.objective(config.objective, info, self.data.cache.infos),
                     needs,
                     weights,
                     architecture,
@@ -149,6 +154,7 @@ class Experiment:
                     settings,
                     config.seed,
                     self.runtime,
+                    self.regularisers(),
                 ),
                 folder,
             )
@@ -172,8 +178,9 @@ class Experiment:
         )
 
     def pretrain(self, genotype: Any, name: str) -> StageResult | None:
-        """Contrastive, label-free pretraining of a network; None where `pretrain.epochs` is 0."""
+        """Label-free pretraining of a network; None where `pretrain.epochs` is 0."""
         config, settings = self.config, self.config.pretrain
+        draw = draw_pairs if self.objective_needs(settings.objective).views == 2 else draw_clean
         if settings.epochs == 0:
             return None
 
@@ -185,8 +192,8 @@ class Experiment:
             trained = train(
                 scored.network,
                 scored.objective,
-                Batches(train_source, draw_pairs, settings.batch_size, (*address, "batches"), whole=True),
-                FixedBatches(val_source, draw_pairs, settings.batch_size, (*address, "val"), whole=True),
+                Batches(train_source, draw, settings.batch_size, (*address, "batches"), whole=True),
+                FixedBatches(val_source, draw, settings.batch_size, (*address, "val"), whole=True),
                 settings,
                 label=f"pretrain.{name}",
                 address=address,
@@ -330,21 +337,36 @@ class Experiment:
 
     @staticmethod
     def objective_needs(node: Mapping[str, Any]) -> Needs:
-        """What an objective reads, from its class."""
-        from hydra.utils import get_class
+        """What an objective reads: from its class, or from those of the objectives within it."""
 
-        return get_class(node["_target_"]).needs  # type: ignore[attr-defined]
+        def of(node: Mapping[str, Any]) -> list[Needs]:
+            own = getattr(target(dict(node), "objective"), "needs", None)
+            within = [value for value in node.values() if isinstance(value, Mapping) and "_target_" in value]
+            return [own] if isinstance(own, Needs) else [needs for value in within for needs in of(value)]
 
-    def objective(self, node: Mapping[str, Any], info: OutputInfo) -> Objective:
-        """An objective with its head for a network's output."""
-        facts: dict[str, Any] = {"embedding": info.embedding}
+        if not (each := of(node)):
+            raise InputError("objective: the mix has no terms; add one, as conf/objective/mix_*.yaml do")
+        return union(each)
+
+    def objective(
+        self, node: Mapping[str, Any], info: OutputInfo, inputs: InputInfos | None = None
+    ) -> Objective:
+        """An objective with its head, or decoder, for a network's output and inputs."""
+        facts: dict[str, Any] = {"embedding": info.embedding, "output": info, "inputs": inputs or {}}
         if self.objective_needs(node).labels:
             facts |= {
                 "task": self.data.dataset.task,
                 "classes": self.data.dataset.classes,
                 "prior": self.prior(),
             }
-        return build(dict(node), "objective", **facts)
+        return build_with_facts(dict(node), "objective", facts)
+
+    def regularisers(self) -> dict[str, Weighted]:
+        """Penalties of the mixing weights by name."""
+        return {
+            name: Weighted(node.weight, build(dict(node.function), f"search.regularisers.{name}.function"))
+            for name, node in self.config.search.regularisers.items()
+        }
 
     def _network(
         self, genotype: Any, dropout: float | None, objective: Mapping[str, Any], stage_name: str
@@ -353,7 +375,8 @@ class Experiment:
         address = (self.config.seed, stage_name)
         torch.manual_seed(seed_of(*address, "init"))
         network = self.space.build(genotype, self.data.cache.infos, dropout)
-        return Scored(network, self.objective(objective, network.info)), address
+        inputs = {name: self.data.cache.infos[name] for name in self._feature_names(genotype)}
+        return Scored(network, self.objective(objective, network.info, inputs)), address
 
     def prior(self) -> Tensor:
         """Log-odds (or log-probabilities) of the classes in the labelled share."""

@@ -154,3 +154,17 @@ def test_a_full_disk_ends_in_one_message(tmp_path):
     done = run(*TINY, "baselines=[]", "stages=[features,search]", cwd=tmp_path, hook=hook)
     assert "no space left on the disk" in one_message(done, code=1)
     assert "done" in succeed(*TINY, "baselines=[]", "stages=[features,search]", cwd=tmp_path).err
+
+
+def test_regularisers_without_mixing_weights_are_refused(tmp_path):
+    zero_one = "{weight: 1.0, function: {_target_: mmnas_lab.objective.regularisers.ZeroOne}}"
+    message = refused("strategy=random", f"+search.regularisers.zero_one={zero_one}", cwd=tmp_path)
+    assert "search.regularisers" in message
+    assert "strategy=bilevel" in message
+
+
+def test_a_mask_ratio_of_0_is_refused(tmp_path):
+    message = refused(
+        *TINY, "objective=masked_features", "objective.mask_ratio=0", FEATURES[:-1] + ",search]", cwd=tmp_path
+    )
+    assert "objective.mask_ratio=0 hides 0 of" in message

@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from mmnas_lab.build import GROUPS, check_config, check_schema, parameter_names, target
+from mmnas_lab.types import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -77,6 +78,37 @@ def test_the_composed_configuration_is_the_reviewed_one(experiment):
         snapshot.parent.mkdir(parents=True, exist_ok=True)
         snapshot.write_text(text)
     assert snapshot.read_text() == text, "MMNAS_UPDATE_SNAPSHOTS=1 pytest tests/test_conf.py takes this over"
+
+
+ZERO_ONE = "mmnas_lab.objective.regularisers.ZeroOne"
+
+
+def regularised(**node):
+    values = composed()
+    values["search"]["regularisers"] = {"zero_one": node}
+    return values
+
+
+def test_regularisers_are_nodes_by_name():
+    config = check_config(regularised(weight=10.0, function={"_target_": ZERO_ONE, "form": "l1"}))
+    assert config.search.regularisers["zero_one"].weight == 10
+
+
+@pytest.mark.parametrize("check", [check_config, check_schema])
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"wieght": 1}, r"unknown key 'search\.regularisers\.zero_one\.wieght'; did you mean weight\?"),
+        (
+            {"function": {"_target_": ZERO_ONE, "from": "l1"}},
+            r"function\.from'; did you mean form\?",
+        ),
+        ({"weight": -1.0}, r"search\.regularisers\.zero_one\.weight=-1\.0: .*greater than or equal to 0"),
+    ],
+)
+def test_a_misspelt_regulariser_is_named(check, node, message):
+    with pytest.raises(InputError, match=message):
+        check(regularised(**({"weight": 1.0, "function": {"_target_": ZERO_ONE}} | node)))
 
 
 def test_no_snapshot_is_left_over():

@@ -54,6 +54,7 @@ def test_on_one_process_nothing_is_exchanged():
     tensor = torch.ones(2, 3)
     assert (distributed.world_size(), distributed.rank()) == (1, 0)
     assert distributed.gather_with_grad(tensor) is tensor
+    assert distributed.sum_with_grad(tensor) is tensor
     assert distributed.gather_rows(tensor, 2) is tensor
     assert distributed.mean_over_ranks([tensor])[0] is tensor
     assert distributed.broadcast("a") == "a"
@@ -73,6 +74,22 @@ def gathered(rows, weights, transposed):
     else:
         everything.backward(weights[rank])
     return everything.detach(), local.grad
+
+
+def summed(values, weights):
+    """The gradient of the sum over ranks of <weights of the rank, summed values>."""
+    rank = distributed.rank()
+    local = values[rank].T.contiguous().T.requires_grad_()  # not contiguous
+    total = distributed.sum_with_grad(local)
+    (total.T * weights[rank].T).sum().backward()
+    return total.detach(), local.grad
+
+
+def test_gradients_flow_back_through_a_sum(generator):
+    values, weights = torch.randn(2, 2, 3, 4, generator=generator)
+    for total, gradient in on_ranks(summed, values, weights):
+        torch.testing.assert_close(total, values.sum(0))
+        torch.testing.assert_close(gradient, weights.sum(0))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -62,6 +62,17 @@ def test_other_labels_change_the_classifier_only(tmp_path, true_run, change):
     assert networks[0] != networks[1]
 
 
+@pytest.mark.parametrize("objective", ["barlow_twins", "masked_features"])
+def test_a_search_by_another_label_free_objective_depends_on_no_label(tmp_path, objective):
+    searches = []
+    for name, change in (("true", None), ("permuted", permuted), ("absent", absent)):
+        folder = place(tmp_path / name, change)
+        succeed(*MMIMDB, f"objective={objective}", "stages=[features,search]", cwd=folder)
+        searches.append(files_of(folder / "outputs", "features", "search"))
+    assert sum(len(digests) for digests in searches[0].values()) > 5
+    assert searches[0] == searches[1] == searches[2]
+
+
 def test_without_labels_only_the_classifier_is_refused(tmp_path, true_run):
     other = place(tmp_path, absent)
     assert "genres" in one_message(run(*MMIMDB, cwd=other))

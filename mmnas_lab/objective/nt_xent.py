@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmnas_lab import distributed
-from mmnas_lab.objective.base import Needs, Objective, Run
+from mmnas_lab.objective.base import Half, Needs, Objective, Run, evaluation_means
+from mmnas_lab.objective.collapse import MONITORS, monitors
 from mmnas_lab.types import Batch, InputError, Losses
 
 
@@ -48,16 +48,6 @@ def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(similarity, positive)
 
 
-def alignment(z_a: Tensor, z_b: Tensor) -> Tensor:
-    """Mean squared distance of normalised positives, () in [0, 4]; small is aligned (Wang & Isola 2020)."""
-    return (z_a - z_b).square().sum(-1).mean()
-
-
-def uniformity(z: Tensor) -> Tensor:
-    """Log of the mean Gaussian potential of normalised embeddings (t = 2), () <= 0; near 0 is collapsed."""
-    return (-2 * torch.pdist(z).square()).exp().mean().log() if len(z) > 1 else z.new_zeros(())
-
-
 class NTXent(Objective):
     """NT-Xent through a projection head of one hidden layer, thrown away afterwards.
 
@@ -91,30 +81,20 @@ class NTXent(Objective):
         z_a, z_b = self.projector(run(both).embedding).chunk(2)
         return z_a, z_b
 
-    def forward(self, run: Run, batch: Batch) -> Losses:
+    def forward(self, run: Run, batch: Batch, half: Half = "weights") -> Losses:
         loss = nt_xent(*self.project(run, batch), self.temperature)
         return Losses(loss, {"loss": loss.detach()})
 
     @torch.no_grad()
     def evaluate(self, run: Run, batches: Iterable[Batch]) -> dict[str, float]:
-        """The loss, and the collapse monitors alignment, uniformity and embedding std.
+        """The loss, and the collapse monitors of `objective.collapse`."""
 
-        The last is the std of the normalised projection times sqrt(D): 1 for projections spread over the
-        sphere, 0 for collapsed ones.
-        """
-        names = ("loss", "alignment", "uniformity", "embedding_std")
-        device = next(self.projector.parameters()).device  # where ranks without a batch sum as well
-        total = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
-        for batch in batches:
-            z_a, z_b = (F.normalize(z, dim=-1) for z in self.project(run, batch))
-            spread = z_a.std(0).mean() * z_a.shape[1] ** 0.5 if len(z_a) > 1 else z_a.new_zeros(())
-            loss = _local_nt_xent(z_a, z_b, self.temperature)
-            values = torch.stack([loss, alignment(z_a, z_b), uniformity(z_a), spread])
-            total[:-1] += values.double()
-            total[-1] += 1
-        if distributed.world_size() > 1:
-            dist.all_reduce(total)
-        return dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True))
+        def values() -> Iterator[tuple[tuple[Tensor, ...], int]]:
+            for batch in batches:
+                z_a, z_b = (F.normalize(z, dim=-1) for z in self.project(run, batch))
+                yield (_local_nt_xent(z_a, z_b, self.temperature), *monitors(z_a, z_b)), 1
+
+        return evaluation_means(("loss", *MONITORS), values(), next(self.projector.parameters()).device)
 
 
 def _local_nt_xent(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmnas_lab import distributed
-from mmnas_lab.objective.base import Needs, Objective, Run
+from mmnas_lab.objective.base import Half, Needs, Objective, Run
 from mmnas_lab.objective.metrics import classification_metrics
 from mmnas_lab.types import Batch, InputError, Losses, Task
 
@@ -63,7 +63,7 @@ class Supervised(Objective):
             return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
         return F.cross_entropy(logits, labels)
 
-    def forward(self, run: Run, batch: Batch) -> Losses:
+    def forward(self, run: Run, batch: Batch, half: Half = "weights") -> Losses:
         assert batch.labels is not None
         loss = self.loss(self.logits(run(batch.views[0]).embedding), batch.labels)
         return Losses(loss, {"loss": loss.detach()})

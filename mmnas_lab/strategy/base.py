@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from mmnas_lab.config import Search
 from mmnas_lab.loader import Draw, Source
-from mmnas_lab.objective.base import Needs, Objective
+from mmnas_lab.objective.base import Needs, Objective, Weighted
 from mmnas_lab.training import Point, Runtime
 from mmnas_lab.types import InputInfos, OutputInfo
 
@@ -29,6 +29,7 @@ class Problem:
         settings: the stage's.
         seed: of the run.
         runtime: hardware and listeners.
+        regularisers: of the mixing weights, for strategies that have them.
     """
 
     space: Any
@@ -41,6 +42,7 @@ class Problem:
     settings: Search
     seed: int
     runtime: Runtime
+    regularisers: dict[str, Weighted] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -112,31 +112,33 @@ class SearchModule(Fit):
         optimizers: Any = self.optimizers()
         weight_optimizer, arch_optimizer = optimizers
         if batch.arch is not None:
-            self.add("search/arch_loss", self.arch_step(batch.arch, arch_optimizer))
+            for name, value in self.arch_step(batch.arch, arch_optimizer).items():
+                self.add(f"search/arch_{name}", value)
         if batch.weights is not None:
-            self.add("search/weight_loss", self.weight_step(batch.weights, weight_optimizer))
+            for name, value in self.weight_step(batch.weights, weight_optimizer).items():
+                self.add(f"search/weight_{name}", value)
 
-    def arch_step(self, batch: Batch, optimizer: Any) -> Tensor:
-        """One first-order step of alpha, beta and gamma."""
-        loss = self.scored(batch).total
-        gradients = distributed.mean_over_ranks(list(torch.autograd.grad(loss, self.arch_parameters)))
+    def arch_step(self, batch: Batch, optimizer: Any) -> dict[str, Tensor]:
+        """One first-order step of alpha, beta and gamma; the parts of its loss."""
+        losses = self.scored(batch, "arch")
+        gradients = distributed.mean_over_ranks(list(torch.autograd.grad(losses.total, self.arch_parameters)))
         for parameter, gradient in zip(self.arch_parameters, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
+        return losses.parts
 
-    def weight_step(self, batch: Batch, optimizer: Any) -> Tensor:
-        """One step of w with the mixing weights held."""
+    def weight_step(self, batch: Batch, optimizer: Any) -> dict[str, Tensor]:
+        """One step of w with the mixing weights held; the parts of its loss."""
         optimizer.zero_grad()
         with self.network.weights_only():
-            loss = self.scored(batch).total
-            self.manual_backward(loss)
+            losses = self.scored(batch, "weights")
+            self.manual_backward(losses.total)
         if self.settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.weight_parameters, self.settings.clip_norm)
         optimizer.step()
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        return loss.detach()
+        return losses.parts
 
     def configure_optimizers(self) -> Any:
         weights = make_optimizer(self.weight_parameters, self.settings.optimizer)
@@ -204,7 +206,7 @@ class Bilevel:
         network = problem.space.hypernet(problem.inputs)
         weights = Batches(problem.weights, problem.draw, settings.batch_size, (*address, "weights"), whole)
         module = SearchModule(
-            Scored(network, problem.objective(network.info)).to(problem.runtime.device),
+            Scored(network, problem.objective(network.info), problem.regularisers).to(problem.runtime.device),
             "search",
             settings,
             max(settings.epochs, -(-settings.min_steps // len(weights))),

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from mmnas_lab import distributed
 from mmnas_lab.loader import FixedBatches, draw_pairs
-from mmnas_lab.objective.nt_xent import NTXent, alignment, nt_xent, uniformity
+from mmnas_lab.objective.collapse import alignment, uniformity
+from mmnas_lab.objective.nt_xent import NTXent, nt_xent
 from mmnas_lab.types import Batch, InputError, Output
 
 

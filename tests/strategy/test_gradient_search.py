@@ -1,6 +1,7 @@
 """A search moves what it should, goes on exactly after a stop, and stays in step over ranks."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,12 +15,18 @@ from fits import (
     runtime,
     same_state,
     search,
+    states,
     stop_after_validation,
     stop_at_step,
 )
 
 from mmnas_lab import distributed
-from mmnas_lab.strategy.gradient_search import Bilevel
+from mmnas_lab.objective.barlow_twins import BarlowTwins
+from mmnas_lab.objective.base import Weighted
+from mmnas_lab.objective.masked_reconstruction import MaskedReconstruction
+from mmnas_lab.objective.mix import Mix, Term
+from mmnas_lab.objective.regularisers import ZeroOne
+from mmnas_lab.strategy.gradient_search import Bilevel, SearchModule
 from mmnas_lab.types import TrainingError
 
 ALTERNATIONS = ["batch", "epoch"]
@@ -72,6 +79,27 @@ def test_each_half_is_read_where_it_belongs(tmp_path):
     Bilevel("epoch").search(given, tmp_path)
     assert sum(len(rows) for rows in given.weights.seen) == 12
     assert [len(rows) for rows in given.architecture.seen] == [4, 4, 4, 4]  # one pass, one evaluation
+
+
+def test_a_regulariser_moves_the_architecture_and_is_logged_by_name(tmp_path):
+    def searched(name, regularisers):
+        given = replace(problem(runtime(), epochs=8), regularisers=regularisers)
+        return Bilevel().search(given, tmp_path / name)
+
+    def decided(result):
+        mixing = result.trace["records"][-1]["mixing"]
+        return {name: ZeroOne("l2")({name: torch.tensor(weights)}).item() for name, weights in mixing.items()}
+
+    for name in ("plain", "penalised"):
+        (tmp_path / name).mkdir()
+    plain = searched("plain", {})
+    penalised = searched("penalised", {"sharp": Weighted(1000.0, ZeroOne("l2", ["alpha"]))})
+    assert decided(penalised)["alpha"] < decided(plain)["alpha"]
+    assert {p.name for p in penalised.history} - {p.name for p in plain.history} == {"search/arch_sharp"}
+    points = {point.name: point.value for point in penalised.history if point.epoch == 7}
+    assert -0.25 < points["search/arch_sharp"] < 0
+    assert points["search/arch_loss"] < -1
+    assert points["search/weight_loss"] > 0
 
 
 def points_of_interruption(alternation):
@@ -174,3 +202,35 @@ def stopped_search_on_this_rank(folder, alternation, step):
 def test_a_stopped_search_on_two_ranks_goes_on_to_the_same_result(alternation, tmp_path):
     for whole, resumed in on_ranks(stopped_search_on_this_rank, tmp_path, alternation, 3):
         assert_same_search(resumed, whole)
+
+
+def mixed_search_on_this_rank(folder):
+    """A search by a mix of which one term trains its own head only, with a regulariser."""
+
+    def objective(info):
+        masks = MaskedReconstruction(info, INFOS, patch=1, fill="learned", width=4)
+        twins = BarlowTwins(info.embedding, hidden=5, projection=4)
+        return Mix(twins=Term(twins), masks=Term(masks, arch=0.5, weights=0.0))
+
+    given = replace(
+        problem(on_two_devices(runtime()), epochs=1),
+        objective=objective,
+        regularisers={"zero_one": Weighted(2.0, ZeroOne())},
+    )
+    with states(SearchModule) as seen:
+        result = Bilevel().search(given, folder)
+    return seen[-1], result.history
+
+
+@pytest.mark.ddp
+def test_ranks_stay_in_step_where_a_term_trains_its_own_head_only(tmp_path):
+    (one, history), (other, other_history) = on_ranks(mixed_search_on_this_rank, tmp_path)
+    assert same_state(one, other)
+    assert history == other_history
+    assert {point.name for point in history} >= {
+        "search/arch_masks_loss",
+        "search/arch_zero_one",
+        "search/weight_masks_loss",
+        "search/weight_twins_redundancy",
+        "search/eval_loss",
+    }
