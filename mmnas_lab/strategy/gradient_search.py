@@ -1,4 +1,4 @@
-"""Bilevel search by gradients (DARTS, BM-NAS): weights on one half of the data, architecture on the other."""
+"""Search by gradients: weights on one half of the data, architecture on the other, or both on all of it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from mmnas_lab import distributed
-from mmnas_lab.loader import Batches, FixedBatches, draw_clean
+from mmnas_lab.loader import Batches, FixedBatches, JoinedSource, Source, draw_clean
 from mmnas_lab.objective.base import Scored
 from mmnas_lab.randomness import seed_of
 from mmnas_lab.search_space.base import Hypernet
 from mmnas_lab.strategy.base import Problem, SearchResult
+from mmnas_lab.strategy.unrolled import Order, VirtualStep, unrolled_gradient
 from mmnas_lab.training import Fit, make_optimizer, make_schedule
 from mmnas_lab.types import Batch, InputError
 
 log = logging.getLogger(__name__)
 
 Alternation = Literal["batch", "epoch"]
+HalfSteps = Literal["arch_first", "weights_first"]
 
 
 class SearchBatch(NamedTuple):
@@ -47,12 +49,14 @@ class SearchModule(Fit):
         architecture: Batches,
         held: FixedBatches,
         alternation: Alternation,
+        order: Order = "first",
+        half_steps: HalfSteps = "arch_first",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.automatic_optimization = False
         self.weight_batches, self.arch_batches, self.held = weights, architecture, held
-        self.alternation = alternation
+        self.alternation, self.order, self.half_steps = alternation, order, half_steps
         self.best: dict[str, Any] = {}
         self.trace: list[dict[str, Any]] = []
         names = [f"scored.network.arch.{name}" for name in self.network.arch]
@@ -111,22 +115,46 @@ class SearchModule(Fit):
     def training_step(self, batch: SearchBatch, batch_idx: int) -> None:
         optimizers: Any = self.optimizers()
         weight_optimizer, arch_optimizer = optimizers
-        if batch.arch is not None:
-            for name, value in self.arch_step(batch.arch, arch_optimizer).items():
-                self.add(f"search/arch_{name}", value)
-        if batch.weights is not None:
-            for name, value in self.weight_step(batch.weights, weight_optimizer).items():
-                self.add(f"search/weight_{name}", value)
 
-    def arch_step(self, batch: Batch, optimizer: Any) -> dict[str, Tensor]:
-        """One first-order step of alpha, beta and gamma; the parts of its loss."""
-        losses = self.scored(batch, "arch")
-        gradients = distributed.mean_over_ranks(list(torch.autograd.grad(losses.total, self.arch_parameters)))
-        for parameter, gradient in zip(self.arch_parameters, gradients, strict=True):
+        def arch_step() -> None:
+            if batch.arch is not None:
+                for name, value in self.arch_step(batch, arch_optimizer, weight_optimizer).items():
+                    self.add(f"search/arch_{name}", value)
+
+        def weight_step() -> None:
+            if batch.weights is not None:
+                for name, value in self.weight_step(batch.weights, weight_optimizer).items():
+                    self.add(f"search/weight_{name}", value)
+
+        both = (arch_step, weight_step)
+        for step in both if self.half_steps == "arch_first" else reversed(both):
+            step()
+
+    def arch_step(self, batch: SearchBatch, optimizer: Any, weight_optimizer: Any) -> dict[str, Tensor]:
+        """One step of alpha, beta and gamma; the parts of its loss."""
+        assert batch.arch is not None
+        if self.order == "first":
+            losses = self.scored(batch.arch, "arch")
+            gradients = list(torch.autograd.grad(losses.total, self.arch_parameters))
+        else:
+            assert batch.weights is not None
+            named = {parameter: name for name, parameter in self.scored.named_parameters()}
+            weights = {named[parameter]: parameter for parameter in self.weight_parameters}
+            step = VirtualStep.of(weight_optimizer.optimizer, {w: name for name, w in weights.items()})
+            gradients, losses = unrolled_gradient(
+                self.scored, weights, self.arch_parameters, batch.arch, batch.weights, step, self.order
+            )
+        self._move(gradients, optimizer)
+        return losses.parts
+
+    def _move(self, gradients: list[Tensor], optimizer: Any) -> None:
+        """Move the logits by the mean gradient over the ranks."""
+        for parameter, gradient in zip(
+            self.arch_parameters, distributed.mean_over_ranks(gradients), strict=True
+        ):
             parameter.grad = gradient
         optimizer.step()
         optimizer.zero_grad()
-        return losses.parts
 
     def weight_step(self, batch: Batch, optimizer: Any) -> dict[str, Tensor]:
         """One step of w with the mixing weights held; the parts of its loss."""
@@ -134,11 +162,15 @@ class SearchModule(Fit):
         with self.network.weights_only():
             losses = self.scored(batch, "weights")
             self.manual_backward(losses.total)
+        self._finish_weights(optimizer)
+        return losses.parts
+
+    def _finish_weights(self, optimizer: Any) -> None:
+        """Clip the weights' gradients and step."""
         if self.settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.weight_parameters, self.settings.clip_norm)
         optimizer.step()
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        return losses.parts
 
     def configure_optimizers(self) -> Any:
         weights = make_optimizer(self.weight_parameters, self.settings.optimizer)
@@ -178,20 +210,68 @@ class SearchModule(Fit):
         self.best, self.trace = state["best"], state["trace"]
 
 
+class SingleLevelModule(SearchModule):
+    """A hypernet whose weights and logits move together, on the gradients of one loss."""
+
+    def epoch_batches(self, epoch: int, start: int) -> Iterator[SearchBatch]:
+        for batch in self.weight_batches.epoch(epoch, start):
+            yield SearchBatch(batch if self._moves(epoch) else None, batch)
+
+    def training_step(self, batch: SearchBatch, batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        weight_optimizer, arch_optimizer = optimizers
+        assert batch.weights is not None
+        if batch.arch is None:
+            parts = self.weight_step(batch.weights, weight_optimizer)
+        else:
+            weight_optimizer.zero_grad()
+            losses = self.scored(batch.weights, "arch")
+            self.manual_backward(losses.total)
+            gradients = [parameter.grad for parameter in self.arch_parameters]
+            self._finish_weights(weight_optimizer)
+            self._move([gradient for gradient in gradients if gradient is not None], arch_optimizer)
+            parts = losses.parts
+        for name, value in parts.items():
+            self.add(f"search/{name}", value)
+
+
 class Bilevel:
-    """First-order bilevel search (DARTS, arXiv 1806.09055, with xi = 0).
+    """Bilevel search (DARTS, arXiv 1806.09055).
 
     Args:
         alternation: `batch` makes an architecture and a weight half-step in every step, as DARTS does;
             `epoch` passes once over the weight half, then once over the architecture half, as BM-NAS does.
+        order: `first` holds the weights still; `second_released` and `second_exact` look one weight step
+            ahead, by DARTS' finite difference or by differentiating twice (see `unrolled`).
+        half_steps: which comes first where they alternate by batch.
+
+    Raises:
+        InputError: a second-order step with epochs alternating, since it needs a batch of each half at once.
     """
 
     name = "bilevel"
     needs_hypernet = True
     needs_data = True
+    module: type[SearchModule] = SearchModule
 
-    def __init__(self, alternation: Alternation = "batch") -> None:
+    def __init__(
+        self,
+        alternation: Alternation = "batch",
+        order: Order = "first",
+        half_steps: HalfSteps = "arch_first",
+    ) -> None:
+        if order != "first" and alternation == "epoch":
+            raise InputError(
+                f"strategy.order={order} needs a batch of both halves in every step; set "
+                "strategy.alternation=batch, or strategy.order=first"
+            )
         self.alternation: Alternation = alternation
+        self.order: Order = order
+        self.half_steps: HalfSteps = half_steps
+
+    def sources(self, problem: Problem) -> tuple[Source, Source]:
+        """What weights and architecture are trained on."""
+        return problem.weights, problem.architecture
 
     def search(self, problem: Problem, folder: Path) -> SearchResult:
         """The genotype with the lowest eval-mode loss on the whole architecture half, over the epochs."""
@@ -204,8 +284,9 @@ class Bilevel:
         whole = problem.needs.views == 2
         torch.manual_seed(seed_of(*address, "init"))
         network = problem.space.hypernet(problem.inputs)
-        weights = Batches(problem.weights, problem.draw, settings.batch_size, (*address, "weights"), whole)
-        module = SearchModule(
+        weight_source, arch_source = self.sources(problem)
+        weights = Batches(weight_source, problem.draw, settings.batch_size, (*address, "weights"), whole)
+        module = self.module(
             Scored(network, problem.objective(network.info), problem.regularisers).to(problem.runtime.device),
             "search",
             settings,
@@ -214,9 +295,7 @@ class Bilevel:
             problem.runtime,
             folder / "search.ckpt",
             weights=weights,
-            architecture=Batches(
-                problem.architecture, problem.draw, settings.batch_size, (*address, "arch"), whole
-            ),
+            architecture=Batches(arch_source, problem.draw, settings.batch_size, (*address, "arch"), whole),
             held=FixedBatches(
                 problem.architecture,
                 problem.draw if whole else draw_clean,
@@ -225,6 +304,8 @@ class Bilevel:
                 whole,
             ),
             alternation=self.alternation,
+            order=self.order,
+            half_steps=self.half_steps,
         )
         module.run()
         log.info("search: %s", module.last_values())
@@ -237,3 +318,20 @@ class Bilevel:
             module.history,
             trace,
         )
+
+
+class SingleLevel(Bilevel):
+    """Weights and logits trained together on both halves, by one optimizer step each for the same batch.
+
+    The genotype is still the one with the lowest loss on the architecture half, which is trained on here.
+    """
+
+    name = "single_level"
+    module = SingleLevelModule
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def sources(self, problem: Problem) -> tuple[Source, Source]:
+        joined = JoinedSource(problem.weights, problem.architecture)
+        return joined, joined
