@@ -84,7 +84,8 @@ def test_the_exact_gradient_is_the_derivative_of_the_loss_after_the_step(with_bu
             for sign in (1, -1):
                 moved = [logits.clone() for logits in at]
                 moved[which].view(-1)[entry] += sign * 1e-6
-                values.append(float(loss_after_the_step(scored, moved, arch_batch, weight_batch, step)))
+                loss = loss_after_the_step(scored, moved, arch_batch, weight_batch, step)
+                values.append(float(loss.detach()))
             numeric = (values[0] - values[1]) / 2e-6
             assert float(gradient.flatten()[entry]) == pytest.approx(numeric, abs=2e-7)
 
@@ -130,6 +131,22 @@ def test_the_released_gradient_is_the_papers_finite_difference(seed):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     for name, value in scored.state_dict().items():  # weights and BatchNorm buffers stay
         assert torch.equal(value, before[name]), name
+
+
+def test_dropout_is_the_same_in_all_evaluations_of_a_step():
+    """With dropout the finite difference is still small: it compares the same sub-network with itself."""
+    scored, arch_batch, weight_batch = tiny()
+    for module in scored.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    weights, arch = parts(scored)
+    step = step_of(weights, with_buffers=False)
+    found = []
+    for order in ("second_released", "second_exact"):
+        torch.manual_seed(0)
+        gradients, _ = unrolled_gradient(scored, weights, arch, arch_batch, weight_batch, step, order)
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    assert (found[0] - found[1]).norm() < 0.5 * found[1].norm()
 
 
 def test_the_virtual_step_is_the_one_that_sgd_makes():
