@@ -45,6 +45,9 @@ class Network(nn.Module, ABC):
     def forward(self, inputs: Inputs, present: dict[str, Tensor] | None = None) -> Output:
         """The embedding (B, D) and taps; `present[m]` (B,) bool marks samples that have modality m."""
 
+    def at_epoch(self, epoch: int, epochs: int) -> None:
+        """Called as an epoch begins, counted from 0: what grows over the epochs (drop-path) is set here."""
+
 
 class Hypernet(Network):
     """A weight-sharing network that holds all candidate architectures.
@@ -87,10 +90,11 @@ class SearchSpace(Protocol):
     """All that random, fixed and sampling strategies need.
 
     Attributes:
-        length: positions to which backbone maps are pooled.
+        length: positions to which backbone maps are pooled; None where the space reads images as they are.
     """
 
-    length: int
+    @property
+    def length(self) -> int | None: ...
 
     def choices(self, inputs: InputInfos) -> list[Choice]:
         """The decisions that make a genotype."""
