@@ -14,7 +14,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class EdgeGenotype:
-    """An operation on the edge from state `input`; states 0 and 1 are a cell's inputs, then come its nodes."""
+    """An operation on the edge from state `input`; states 0 and 1 are the cell's inputs, then come nodes."""
 
     op: str
     input: int

@@ -115,6 +115,10 @@ class CnnCellSpace:
         for name in ("drop_path", "search_drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"search_space.{name} must be in [0, 1), got {getattr(self, name):g}")
+        if not 0 <= threshold <= 1:
+            raise InputError(f"search_space.threshold must be in [0, 1], got {threshold:g}")
+        if init_scale < 0:
+            raise InputError(f"search_space.init_scale must be at least 0, got {init_scale:g}")
         if temperature <= 0:
             raise InputError(f"search_space.temperature must be positive, got {temperature:g}")
         if bench and (partial_channels > 1 or large or auxiliary):

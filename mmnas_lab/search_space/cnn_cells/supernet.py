@@ -119,7 +119,7 @@ class CnnSupernet(Hypernet):
 
     def at_epoch(self, epoch: int, epochs: int) -> None:
         """Drop-path on the mixed edges grows linearly to its full value in the last epoch (RobustDARTS)."""
-        self.drop_path = self.most_drop_path * epoch / max(epochs - 1, 1)
+        self.drop_path = self.most_drop_path * (epoch / max(epochs - 1, 1))
 
     def forward(self, inputs: Inputs, present: dict[str, Tensor] | None = None) -> Output:
         weights = {kind: self._weights(kind) for kind in self.edge_ops}
