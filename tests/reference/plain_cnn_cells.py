@@ -318,7 +318,7 @@ def found(image, p, cells, *, depth, training, drop_path_on, kept, auxiliary):
     if auxiliary and training:
         h = F.relu(outputs[2 * depth // 3])
         size = h.shape[-1]
-        stride = {8: 3, 7: 2}[size]
+        stride = {8: 3, 7: 2, 6: 1}[size]
         corners = [[h[:, :, i : i + 5, j : j + 5].mean((2, 3)) for j in (0, stride)] for i in (0, stride)]
         h = torch.stack([torch.stack(row, -1) for row in corners], -2)
         h = F.relu(norm(F.conv2d(h, p["auxiliary.layers.2.weight"]), p, "auxiliary.layers.3", training))

@@ -145,11 +145,13 @@ class FoundNetwork(Network):
             return FoundCell(cell, place, space.drop_path_on), len(cell.live_nodes(2)) * place.channels
 
         channels = space.found_channels
+        stem = channels if space.stem == "imagenet" else 3 * channels
+        self.widths = (channels, space.stem_width(stem))
         self.skeleton: Skeleton = space.skeleton(
             inputs[self.image].shape,
             space.found_cells,
             channels,
-            channels if space.stem == "imagenet" else 3 * channels,
+            stem,
             make,
         )
         self.info = self.skeleton.info
@@ -173,7 +175,7 @@ class FoundNetwork(Network):
             return cell(states, self.drop_path)
 
         image = masked_image(inputs[self.image], present, self.modality)
-        output, outputs = self.skeleton(in_layout(image), run)
+        output, outputs = self.skeleton(in_layout(image, self.widths), run)
         if self.auxiliary is not None and self.training:
             output.taps["auxiliary"] = self.auxiliary(outputs[self.auxiliary_at])
         return output

@@ -137,6 +137,12 @@ class CnnCellSpace:
             return Bench201Skeleton(shape, depth, channels, make)
         return DartsSkeleton(shape, depth, channels, self.stem, stem_channels, make)
 
+    def stem_width(self, stem_channels: int) -> int:
+        """Channels of the stem's narrowest convolution."""
+        if self.vocabulary == "nas_bench_201":
+            return self.channels
+        return stem_channels // 2 if self.stem == "imagenet" else stem_channels
+
     def found_ops(self) -> tuple[str, ...]:
         """Names of the operations that a genotype may hold."""
         return ("none", *BENCH_201_OPS) if self.vocabulary == "nas_bench_201" else tuple(DARTS_OPS)

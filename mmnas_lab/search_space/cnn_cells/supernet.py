@@ -81,6 +81,7 @@ class CnnSupernet(Hypernet):
         self.edge_ops = {
             kind: edge_ops(space.vocabulary, kind, self.num_nodes) for kind in kinds(space.vocabulary)
         }
+        self.widths = (space.channels // self.partial, space.stem_width(3 * space.channels))
         self.skeleton: Skeleton = space.skeleton(
             inputs[self.image].shape, space.num_cells, space.channels, 3 * space.channels, self._make
         )
@@ -129,7 +130,7 @@ class CnnSupernet(Hypernet):
             return cell(states, weights[kind], edge_weights[kind], self.drop_path)
 
         image = masked_image(inputs[self.image], present, self.modality)
-        output, _ = self.skeleton(in_layout(image), run)
+        output, _ = self.skeleton(in_layout(image, self.widths), run)
         return output
 
     def _weights(self, kind: str) -> Tensor:
