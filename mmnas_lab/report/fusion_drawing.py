@@ -9,18 +9,29 @@ from __future__ import annotations
 
 from itertools import islice, permutations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-from matplotlib.path import Path as Curve
-from matplotlib.textpath import TextPath
 
 from mmnas_lab.report.layered_layout import Box, Layout, Wire, arrange
+from mmnas_lab.report.strokes import (
+    CELL_FILL,
+    FAINT,
+    GREY,
+    INK,
+    NAME,
+    PALETTE,
+    SMALL,
+    draw_box,
+    draw_concat,
+    draw_wire,
+    margin_text,
+    readable_on,
+    save,
+    text_width,
+    write,
+)
 
 OP_NAMES = {
     "zero": "Zero",
@@ -29,12 +40,8 @@ OP_NAMES = {
     "linear_glu": "LinearGLU",
     "concat_fc": "ConcatFC",
 }
-# Okabe and Ito's palette, which colour-blind readers tell apart.
 # A usual modality has the same colour in all drawings.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 USUAL_COLOURS = {"image": 0, "video": 0, "rgb": 0, "text": 1, "skeleton": 1, "depth": 1, "audio": 2}
-INK, GREY, FAINT, CELL_FILL = "#22262b", "#5d6670", "#c3cad1", "#f4f6f8"
-FONT, NAME, SMALL = "DejaVu Sans", 10.0, 7.5
 PORT, TITLE = 0.19, 0.3
 MOST_ORDERS = 24
 """Of the orders of modalities tried for few crossings: all of up to four."""
@@ -55,14 +62,7 @@ def draw_fusion(genotype: dict[str, Any], margins: dict[str, float], path: Path)
     Raises:
         ValueError: if the genotype is of another space, or the suffix of `path` is neither `.svg` nor `.png`.
     """
-    if path.suffix not in (".svg", ".png"):
-        raise ValueError(f"draw_fusion writes .svg or .png, got '{path.name}'")
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mmnas_lab"}):
-        figure = fusion_figure(genotype, margins)
-        if path.suffix == ".svg":
-            figure.savefig(path, metadata={"Date": None, "Creator": None})
-        else:
-            figure.savefig(path)
+    save(fusion_figure(genotype, margins), path, "draw_fusion")
 
 
 def fusion_figure(genotype: dict[str, Any], margins: dict[str, float]) -> Figure:
@@ -76,7 +76,7 @@ def fusion_figure(genotype: dict[str, Any], margins: dict[str, float]) -> Figure
     note = "Small numbers: the margin by which a choice won over its runner-up." if margins else ""
 
     pad = 0.1
-    left, right = -pad, max(layout.right, _text_width(note, SMALL)) + pad
+    left, right = -pad, max(layout.right, text_width(note, SMALL)) + pad
     bottom, top = layout.bottom - pad - (TITLE if note else 0.0), layout.top + pad
     top = max(top, max(layout.boxes[name].y for name in features) + 0.16 + TITLE + pad)
     figure = Figure(figsize=(right - left, top - bottom), dpi=200)
@@ -86,16 +86,16 @@ def fusion_figure(genotype: dict[str, Any], margins: dict[str, float]) -> Figure
 
     _draw_features(axes, [layout.boxes[name] for name in features], colours)
     for wire in layout.wires:
-        _draw_wire(axes, layout, wire, colours[_modality(wire.source)] if wire.source in features else INK)
+        draw_wire(axes, layout, wire, colours[_modality(wire.source)] if wire.source in features else INK)
     for i, (key, inside) in enumerate(insides.items()):
         _draw_cell(axes, layout.boxes[key], inside, cells[i], margins)
     if "concat" in layout.boxes:
-        _draw_concat(axes, layout.boxes["concat"])
+        draw_concat(axes, layout.boxes["concat"])
     head = layout.boxes["head"]
-    _draw_box(axes, head.left, head.right, head.y - head.height / 2, head.y + head.height / 2, INK, INK)
-    _write(axes, head.x, head.y, "head", NAME, "white", weight="bold")
+    draw_box(axes, head.left, head.right, head.y - head.height / 2, head.y + head.height / 2, INK, INK)
+    write(axes, head.x, head.y, "head", NAME, "white", weight="bold")
     if note:
-        _write(axes, 0.0, bottom + pad + 0.06, note, SMALL, GREY, ha="left")
+        write(axes, 0.0, bottom + pad + 0.06, note, SMALL, GREY, ha="left")
     return figure
 
 
@@ -106,7 +106,7 @@ def _outside(
     cells: list[dict[str, Any]], head_cells: int, insides: dict[str, Layout], features: list[str]
 ) -> Layout:
     """Features, cells, concat and head, and the wires between them."""
-    width = max(_text_width(name, NAME) for name in features) + 0.26
+    width = max(text_width(name, NAME) for name in features) + 0.26
     boxes = [Box(name, 0, width, 0.32) for name in features]
     depth, wires = dict.fromkeys(features, 0), []
     for (key, inside), cell in zip(insides.items(), cells, strict=True):
@@ -134,7 +134,7 @@ def _outside(
 
 def _inside(cell_key: str, cell: dict[str, Any], margins: dict[str, float]) -> Layout:
     """The inputs, the steps and the output of one cell, and the frame around them."""
-    strip = max(0.36, _text_width(_margin(margins, f"{cell_key}.inputs"), SMALL) + 0.14)
+    strip = max(0.36, text_width(margin_text(margins, f"{cell_key}.inputs"), SMALL) + 0.14)
     boxes = [Box(port, 0, strip, 0.24) for port in "xy"]
     states, depth, wires = ["x", "y"], {"x": 0, "y": 0}, []
     for m, step in enumerate(cell["steps"]):
@@ -169,8 +169,8 @@ def _join(boxes: list[Box], wires: list[Wire], parts: list[str], target: str) ->
 
 def _step_widths(op: str, margins: dict[str, float], key: str) -> tuple[float, float]:
     """Widths of the two parts of a step's box: the margin of its inputs, and its operation."""
-    inputs = _text_width(_margin(margins, f"{key}.inputs"), SMALL)
-    body = max(_text_width(OP_NAMES[op], NAME), _text_width(_margin(margins, f"{key}.op"), SMALL))
+    inputs = text_width(margin_text(margins, f"{key}.inputs"), SMALL)
+    body = max(text_width(OP_NAMES[op], NAME), text_width(margin_text(margins, f"{key}.op"), SMALL))
     return (inputs + 0.16 if inputs else 0.0), body + 0.22
 
 
@@ -181,11 +181,11 @@ def _draw_features(axes: Axes, features: list[Box], colours: dict[str, str]) -> 
     for modality, colour in colours.items():
         group = [box for box in features if _modality(box.key) == modality]
         top = max(box.y + box.height / 2 for box in group)
-        _write(axes, group[0].x, top + 0.15, modality, SMALL + 1, colour)
+        write(axes, group[0].x, top + 0.15, modality, SMALL + 1, colour)
         for box in group:
             bottom, top = box.y - box.height / 2, box.y + box.height / 2
-            _draw_box(axes, box.left, box.right, bottom, top, colour, colour)
-            _write(axes, box.x, box.y, box.key, NAME, _readable_on(colour), weight="bold")
+            draw_box(axes, box.left, box.right, bottom, top, colour, colour)
+            write(axes, box.x, box.y, box.key, NAME, readable_on(colour), weight="bold")
 
 
 def _draw_cell(axes: Axes, box: Box, inside: Layout, cell: dict[str, Any], margins: dict[str, float]) -> None:
@@ -195,115 +195,32 @@ def _draw_cell(axes: Axes, box: Box, inside: Layout, cell: dict[str, Any], margi
         part.x, part.y = part.x + box.left, part.y + box.y - frame.y
         part.column_end += box.left
     bottom, top = box.y - box.height / 2, box.y + box.height / 2
-    _draw_box(axes, box.left, box.right, bottom, top, CELL_FILL, FAINT, rounding=0.1, zorder=0.5)
-    _write(axes, box.left + 0.12, top - 0.17, f"Cell {box.key.split('.')[1]}", NAME, INK, "left", "bold")
+    draw_box(axes, box.left, box.right, bottom, top, CELL_FILL, FAINT, rounding=0.1, zorder=0.5)
+    write(axes, box.left + 0.12, top - 0.17, f"Cell {box.key.split('.')[1]}", NAME, INK, "left", "bold")
     for wire in inside.wires:
-        _draw_wire(axes, inside, wire, INK, arrow=wire.target != "out")
+        draw_wire(axes, inside, wire, INK, arrow=wire.target != "out")
     x, y = inside.boxes["x"], inside.boxes["y"]
     for port in (x, y):
-        _write(axes, port.x + 0.02, port.y, port.key, NAME, INK, style="italic")
-    _write(axes, x.x + 0.02, (x.y + y.y) / 2, _margin(margins, f"{box.key}.inputs"), SMALL, GREY)
+        write(axes, port.x + 0.02, port.y, port.key, NAME, INK, style="italic")
+    write(axes, x.x + 0.02, (x.y + y.y) / 2, margin_text(margins, f"{box.key}.inputs"), SMALL, GREY)
     for m, step in enumerate(cell["steps"]):
         _draw_step(axes, inside.boxes[f"step.{m}"], step["op"], margins, f"{box.key}.step.{m}")
     if "concat" in inside.boxes:
-        _draw_concat(axes, inside.boxes["concat"])
+        draw_concat(axes, inside.boxes["concat"])
 
 
 def _draw_step(axes: Axes, box: Box, op: str, margins: dict[str, float], key: str) -> None:
     strip, body = _step_widths(op, margins, key)
     bottom, top = box.y - box.height / 2, box.y + box.height / 2
     zero = op == "zero"
-    _draw_box(axes, box.left, box.right, bottom, top, "white", GREY if zero else INK, dashed=zero)
-    _write(axes, box.left + strip / 2, box.y, _margin(margins, f"{key}.inputs"), SMALL, GREY)
+    draw_box(axes, box.left, box.right, bottom, top, "white", GREY if zero else INK, dashed=zero)
+    write(axes, box.left + strip / 2, box.y, margin_text(margins, f"{key}.inputs"), SMALL, GREY)
     if strip:
         axes.plot([box.left + strip] * 2, [bottom + 0.08, top - 0.08], color=FAINT, linewidth=0.8, zorder=3)
-    margin = _margin(margins, f"{key}.op")
+    margin = margin_text(margins, f"{key}.op")
     x = box.right - body / 2
-    _write(axes, x, box.y + (0.1 if margin else 0.0), OP_NAMES[op], NAME, GREY if zero else INK)
-    _write(axes, x, box.y - 0.12, margin, SMALL, GREY)
-
-
-def _draw_concat(axes: Axes, box: Box) -> None:
-    _draw_box(axes, box.left, box.right, box.y - box.height / 2, box.y + box.height / 2, "white", INK)
-    _write(axes, box.x, box.y, "concat", SMALL + 1, INK, rotation=90)
-
-
-def _draw_wire(axes: Axes, layout: Layout, wire: Wire, colour: str, arrow: bool = True) -> None:
-    """Level where it leaves, passes and arrives, curved between columns."""
-    points: list[tuple[float, float]] = []
-    codes: list[Any] = []
-    for before, after in wire.hops():
-        (start, end), (y0, y1) = (
-            (layout.boxes[before], layout.boxes[after]),
-            layout.heights(wire, before, after),
-        )
-        x0, x1 = start.column_end, end.left
-        points += [(start.right, y0), (x0, y0), ((x0 + x1) / 2, y0), ((x0 + x1) / 2, y1), (x1, y1)]
-        codes += [Curve.LINETO if codes else Curve.MOVETO, Curve.LINETO, *[Curve.CURVE4] * 3]
-    style = "-|>,head_length=0.32,head_width=0.14" if arrow else "-"
-    patch = FancyArrowPatch(path=Curve(points, codes), arrowstyle=style, mutation_scale=14, color=colour)
-    patch.set(linewidth=1.3, joinstyle="miter", capstyle="butt", zorder=2)
-    axes.add_patch(patch)
-
-
-def _draw_box(
-    axes: Axes,
-    left: float,
-    right: float,
-    bottom: float,
-    top: float,
-    fill: str,
-    edge: str,
-    rounding: float = 0.06,
-    dashed: bool = False,
-    zorder: float = 3.0,
-) -> None:
-    style = f"round,pad=0,rounding_size={rounding}"
-    patch = FancyBboxPatch((left, bottom), right - left, top - bottom, boxstyle=style, mutation_aspect=1.0)
-    patch.set(facecolor=fill, edgecolor=edge, linewidth=1.0, linestyle="--" if dashed else "-", zorder=zorder)
-    axes.add_patch(patch)
-
-
-def _write(
-    axes: Axes,
-    x: float,
-    y: float,
-    text: str,
-    size: float,
-    colour: str,
-    ha: str = "center",
-    weight: str = "normal",
-    style: Literal["normal", "italic"] = "normal",
-    rotation: float = 0.0,
-) -> None:
-    if text:
-        font = FontProperties(family=FONT, size=size, weight=weight, style=style)
-        va = "center" if rotation else "center_baseline"
-        axes.text(x, y, text, fontproperties=font, color=colour, ha=ha, va=va, rotation=rotation, zorder=5)
-
-
-def _text_width(text: str, size: float) -> float:
-    """Width of a text in inches, bold to be on the safe side."""
-    if not text:
-        return 0.0
-    return (
-        float(
-            TextPath((0, 0), text, size=size, prop=FontProperties(family=FONT, weight="bold"))
-            .get_extents()
-            .width
-        )
-        / 72
-    )
-
-
-def _margin(margins: dict[str, float], key: str) -> str:
-    """The text of a margin; empty where none was recorded."""
-    if key not in margins:
-        return ""
-    value = margins[key]
-    if value == 0:
-        return "tie"
-    return f"{value:+.3f}" if abs(value) >= 0.0005 else f"{value:+.0e}".replace("e-0", "e-")
+    write(axes, x, box.y + (0.1 if margin else 0.0), OP_NAMES[op], NAME, GREY if zero else INK)
+    write(axes, x, box.y - 0.12, margin, SMALL, GREY)
 
 
 def _modality(name: str) -> str:
@@ -323,9 +240,3 @@ def _modality_colours(modalities: list[str]) -> dict[str, str]:
         usual = PALETTE[USUAL_COLOURS[modality]] if modality in USUAL_COLOURS else free[0]
         colours[modality] = usual if usual in free else free[0]
     return colours
-
-
-def _readable_on(colour: str) -> str:
-    """Black or white, whichever stands out more on a colour (relative luminance of WCAG 2)."""
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour))
-    return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.3 else INK

@@ -90,10 +90,11 @@ class SearchSpace(Protocol):
     """All that random, fixed and sampling strategies need.
 
     Attributes:
-        length: positions to which backbone maps are pooled.
+        length: positions to which backbone maps are pooled; None where the space reads images as they are.
     """
 
-    length: int
+    @property
+    def length(self) -> int | None: ...
 
     def choices(self, inputs: InputInfos) -> list[Choice]:
         """The decisions that make a genotype."""

@@ -1,0 +1,1 @@
+"""The cell search space of DARTS and its relatives: convolutional cells on pixels."""

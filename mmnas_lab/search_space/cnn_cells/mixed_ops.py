@@ -1,0 +1,268 @@
+"""The candidate operations of a supernet, each for all edges that leave one state at once.
+
+Edges that leave a state read the same tensor. So its ReLU and its pools, with their BatchNorm, are computed
+once; the convolutions of its n edges are one grouped convolution of n C channels, edge by edge; `none` is not
+computed; and a mixing weight goes into the scale of the BatchNorm that ends the operation, where it costs
+nothing: w BN(y) is BN(y) with scale w. Channels lie last in memory on a CPU, which is about twice as fast.
+
+Each BatchNorm is without affine parameters, so that nothing can undo what alpha weighs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmnas_lab.search_space.cnn_cells.primitive_ops import avg_pool, max_pool
+
+
+class State:
+    """A state (B, C, H, W) of a cell, and what the edges that leave it share."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    @cached_property
+    def rectified(self) -> Tensor:
+        """relu(x); nothing may write into it."""
+        return torch.relu(self.x)
+
+
+class Norm(nn.BatchNorm2d):
+    """BatchNorm without affine parameters."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, affine=False)
+
+    def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The result times `scale` (channels,)."""
+        if self.training:
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        momentum = self.momentum or 0.0
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, scale, None, self.training, momentum, self.eps
+        )
+
+
+def kernel(out_channels: int, in_channels: int, size: int) -> nn.Parameter:
+    """(out, in, size, size) weights, drawn as `nn.Conv2d` draws those of a convolution with this fan-in."""
+    bound = 1 / math.sqrt(in_channels * size * size)
+    return nn.Parameter(torch.empty(out_channels, in_channels, size, size).uniform_(-bound, bound))
+
+
+class EdgeOps(nn.Module):
+    """One operation on n edges, with weights of their own."""
+
+    def forward(self, state: State, scale: Tensor) -> Tensor:
+        """(B, n C, H / stride, W / stride), edge by edge, each times its entry of `scale` (n,)."""
+        raise NotImplementedError
+
+
+class SeparableConvs(EdgeOps):
+    """ReLU, depthwise and 1x1 convolution, BatchNorm; `repeats` times, the first with the stride."""
+
+    def __init__(
+        self, num_edges: int, channels: int, stride: int, size: int, dilation: int, repeats: int
+    ) -> None:
+        super().__init__()
+        self.num_edges, self.channels, self.stride, self.dilation = num_edges, channels, stride, dilation
+        self.padding = dilation * (size // 2)
+        n, c = num_edges, channels
+        self.depthwise = nn.ParameterList(kernel(n * c, 1, size) for _ in range(repeats))
+        self.pointwise = nn.ParameterList(kernel(n * c, c, 1) for _ in range(repeats))
+        self.norms = nn.ModuleList(Norm(n * c) for _ in range(repeats))
+
+    def forward(self, state: State, scale: Tensor) -> Tensor:
+        h, stride = torch.cat([state.rectified] * self.num_edges, 1), self.stride
+        norms: Any = self.norms
+        for repeat, norm in enumerate(norms):
+            if repeat:
+                h, stride = torch.relu_(h), 1
+            h = F.conv2d(
+                h, self.depthwise[repeat], None, stride, self.padding, self.dilation, groups=h.shape[1]
+            )
+            h = F.conv2d(h, self.pointwise[repeat], groups=self.num_edges)
+            last = repeat == len(norms) - 1
+            h = norm.scaled(h, scale.repeat_interleave(self.channels)) if last else norm(h)
+        return h
+
+
+class Convs(EdgeOps):
+    """ReLU, convolution, BatchNorm (NAS-Bench-201)."""
+
+    def __init__(self, num_edges: int, channels: int, size: int) -> None:
+        super().__init__()
+        self.channels, self.padding = channels, size // 2
+        self.weight = kernel(num_edges * channels, channels, size)
+        self.norm = Norm(num_edges * channels)
+
+    def forward(self, state: State, scale: Tensor) -> Tensor:
+        h = F.conv2d(state.rectified, self.weight, padding=self.padding)
+        return self.norm.scaled(h, scale.repeat_interleave(self.channels))
+
+
+class Reduces(EdgeOps):
+    """`FactorizedReduce`, the skip of stride 2.
+
+    Its two strided 1x1 convolutions are one of 2x2, each half of whose outputs reads one corner.
+    """
+
+    def __init__(self, num_edges: int, channels: int) -> None:
+        super().__init__()
+        self.num_edges, self.channels = num_edges, channels
+        self.first = kernel(num_edges * channels // 2, channels, 1)
+        self.second = kernel(num_edges * channels // 2, channels, 1)
+        self.norm = Norm(num_edges * channels)
+
+    def forward(self, state: State, scale: Tensor) -> Tensor:
+        corners = [F.pad(self.first, (0, 1, 0, 1)), F.pad(self.second, (1, 0, 1, 0))]
+        by_edge = [corner.unflatten(0, (self.num_edges, self.channels // 2)) for corner in corners]
+        h = F.conv2d(state.rectified, torch.cat(by_edge, 1).flatten(0, 1), stride=2)
+        return self.norm.scaled(h, scale.repeat_interleave(self.channels))
+
+
+class Noises(EdgeOps):
+    """N(0, 1), fresh each call and edge, in evaluation too; independent of the input (RobustDARTS, S4)."""
+
+    def __init__(self, num_edges: int, stride: int) -> None:
+        super().__init__()
+        self.num_edges, self.stride = num_edges, stride
+
+    def draw(self, x: Tensor) -> Tensor:
+        """(B, n C, H, W) noise for the strided input x (B, C, H, W)."""
+        return torch.randn_like(torch.cat([x] * self.num_edges, 1))
+
+    def forward(self, state: State, scale: Tensor) -> Tensor:
+        x = state.x[:, :, :: self.stride, :: self.stride]
+        return self.draw(x.detach()) * scale.repeat_interleave(x.shape[1])[:, None, None]
+
+
+class SharedOp(nn.Module):
+    """An operation without weights: its result is the same on all edges that leave a state."""
+
+    def forward(self, state: State) -> Tensor:
+        """(B, C, H / stride, W / stride)."""
+        raise NotImplementedError
+
+
+class Skip(SharedOp):
+    """The state itself."""
+
+    def forward(self, state: State) -> Tensor:
+        return state.x
+
+
+class Pool(SharedOp):
+    """Pooling, with BatchNorm except in NAS-Bench-201."""
+
+    def __init__(self, pool: nn.Module, channels: int | None) -> None:
+        super().__init__()
+        self.pool = pool
+        self.norm = nn.Identity() if channels is None else Norm(channels)
+
+    def forward(self, state: State) -> Tensor:
+        return self.norm(self.pool(state.x))
+
+
+MakeOp = Callable[[int, int, int], EdgeOps | SharedOp]
+"""(number of edges, channels, stride) -> operation."""
+
+DARTS_OPS: dict[str, MakeOp] = {
+    "max_pool_3x3": lambda n, channels, stride: Pool(max_pool(stride), channels),
+    "avg_pool_3x3": lambda n, channels, stride: Pool(avg_pool(stride), channels),
+    "skip_connect": lambda n, channels, stride: Skip() if stride == 1 else Reduces(n, channels),
+    "sep_conv_3x3": lambda n, channels, stride: SeparableConvs(n, channels, stride, 3, 1, 2),
+    "sep_conv_5x5": lambda n, channels, stride: SeparableConvs(n, channels, stride, 5, 1, 2),
+    "dil_conv_3x3": lambda n, channels, stride: SeparableConvs(n, channels, stride, 3, 2, 1),
+    "dil_conv_5x5": lambda n, channels, stride: SeparableConvs(n, channels, stride, 5, 2, 1),
+    "noise": lambda n, channels, stride: Noises(n, stride),
+}
+BENCH_201_OPS: dict[str, MakeOp] = {
+    "skip_connect": lambda n, channels, stride: Skip(),
+    "nor_conv_1x1": lambda n, channels, stride: Convs(n, channels, 1),
+    "nor_conv_3x3": lambda n, channels, stride: Convs(n, channels, 3),
+    "avg_pool_3x3": lambda n, channels, stride: Pool(avg_pool(stride), None),
+}
+
+
+class Fan(nn.Module):
+    """All candidate operations on all edges that leave one state.
+
+    Args:
+        edge_ops: names of the operations of each edge, in the order of alpha's columns.
+        make: the operations by name; `none` is in no table.
+        channels: of the state.
+        stride: of every edge.
+    """
+
+    def __init__(
+        self, edge_ops: Sequence[tuple[str, ...]], make: dict[str, MakeOp], channels: int, stride: int
+    ) -> None:
+        super().__init__()
+        self.num_edges = len(edge_ops)
+        names = list(dict.fromkeys(name for ops in edge_ops for name in ops if name != "none"))
+        self.edges_of = {
+            name: [(e, ops.index(name)) for e, ops in enumerate(edge_ops) if name in ops] for name in names
+        }
+        ops = {name: make[name](len(self.edges_of[name]), channels, stride) for name in names}
+        self.own = nn.ModuleDict({name: op for name, op in ops.items() if isinstance(op, EdgeOps)})
+        self.shared = nn.ModuleDict({name: op for name, op in ops.items() if isinstance(op, SharedOp)})
+
+    def forward(self, x: Tensor, weights: Tensor) -> list[Tensor]:
+        """The mixed operation of each edge, a list of (B, C, H / stride, W / stride); `weights` (n, K)."""
+        state, terms = State(x), [list[Tensor]() for _ in range(self.num_edges)]
+        joint: dict[tuple[int, ...], Tensor] = {}  # sums of operations that are on the same edges
+        for name, op in self.own.items():
+            edges = tuple(e for e, _ in self.edges_of[name])
+            h = op(state, self._pick(weights, name))
+            joint[edges] = joint[edges].add_(h) if edges in joint else h
+        for edges, h in joint.items():
+            for e, part in zip(edges, h.chunk(len(edges), 1), strict=True):
+                terms[e].append(part)
+        if self.shared:
+            edges = tuple(sorted({e for name in self.shared for e, _ in self.edges_of[name]}))
+            columns = [self._column(weights, name, edges) for name in self.shared]
+            mixed = mixtures(torch.stack(columns, 1), [op(state) for op in self.shared.values()])
+            for e, part in zip(edges, mixed, strict=True):
+                terms[e].append(part)
+        return [total(parts) for parts in terms]
+
+    def _pick(self, weights: Tensor, name: str) -> Tensor:
+        """The weights (n,) of an operation on the edges that have it."""
+        columns = {k for _, k in self.edges_of[name]}
+        if len(columns) == 1 and len(self.edges_of[name]) == self.num_edges:
+            return weights[:, columns.pop()]
+        return torch.stack([weights[e, k] for e, k in self.edges_of[name]])
+
+    def _column(self, weights: Tensor, name: str, edges: Sequence[int]) -> Tensor:
+        """The weights of an operation on the given edges, 0 where an edge does not have it."""
+        if len(self.edges_of[name]) == len(edges):
+            return self._pick(weights, name)
+        column_of = dict(self.edges_of[name])
+        zero = weights.new_zeros(())
+        return torch.stack([weights[e, column_of[e]] if e in column_of else zero for e in edges])
+
+
+def mixtures(weights: Tensor, terms: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The sums of T tensors of one shape with weights (n, T), as one matrix product; n tensors."""
+    first = terms[0]
+    last = first.is_contiguous(memory_format=torch.channels_last)  # the order in memory is kept
+    rows = torch.stack([term.permute(0, 2, 3, 1) if last else term for term in terms])
+    mixed = (weights @ rows.flatten(1)).view(-1, *rows.shape[1:])
+    return [part.permute(0, 3, 1, 2) if last else part for part in mixed.unbind()]
+
+
+def total(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, without a tensor for every addition."""
+    if len(terms) == 1:
+        return terms[0]
+    result = terms[0] + terms[1]
+    for term in terms[2:]:
+        result.add_(term)
+    return result
