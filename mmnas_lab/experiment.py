@@ -391,7 +391,8 @@ class Experiment:
         return score(logits, self.data.labels(split), dataset.task, threshold, dataset.classes, subsets)
 
     def _feature_names(self, genotype: Any) -> tuple[str, ...]:
-        features = genotype.features
+        """Inputs that a genotype's network reads; one that names none reads them all."""
+        features = getattr(genotype, "features", tuple(self.data.cache.infos))
         return tuple(features() if callable(features) else features)
 
     def _statistics(self, names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -222,8 +222,11 @@ def flops(experiment: Experiment, found: Found) -> int:
 
 def leave(experiment: Experiment, found: Found | None, folder: Path, summary: dict[str, Any]) -> None:
     """Write the run's folder: genotype, drawings, metrics, curves, network, and the record last."""
+    from mmnas_lab.report.cell_drawing import draw_cells
     from mmnas_lab.report.curves import draw_curves
     from mmnas_lab.report.fusion_drawing import draw_fusion
+
+    draw = {"fusion": draw_fusion, "cnn_cells": draw_cells}[experiment.space.name]
 
     histories: dict[str, list[Point]] = {}
     for name, result in experiment.results.items():
@@ -236,7 +239,7 @@ def leave(experiment: Experiment, found: Found | None, folder: Path, summary: di
     if search is not None:
         record.copy(search.folder / "genotype.json", folder / "genotype.json")
         for suffix in ("svg", "png"):
-            draw_fusion(summary["genotype"], summary["margins"], folder / f"genotype.{suffix}")
+            draw(summary["genotype"], summary["margins"], folder / f"genotype.{suffix}")
     if histories:
         trace = search.folder / "trace.json" if search is not None else None
         draw_curves(folder / "metrics.csv", trace, folder / "curves.png")

@@ -46,6 +46,10 @@ def test_every_choice_mirrors_the_package_and_composes(group, choice):
     assert "_target_" in node
     assert all(name.startswith(f"mmnas_lab.{group}.") for name in names)
     overrides = [f"{group}={choice}", *([GENOTYPE] if choice == "fixed" else [])]
+    if group == "search_space":
+        overrides.append(f"sizes={choice}")  # a space comes with its sizes
+    if choice == "image_folder":
+        overrides.append("dataset.path=pictures")
     check_config(composed(*overrides))
     for name in names:
         read = parameter_names(name)

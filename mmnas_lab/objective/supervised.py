@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmnas_lab import distributed
 from mmnas_lab.objective.base import Half, Needs, Objective, Run
 from mmnas_lab.objective.metrics import classification_metrics
-from mmnas_lab.types import Batch, InputError, Losses, Task
+from mmnas_lab.types import Batch, InputError, Losses, OutputInfo, Task
 
 
 class Supervised(Objective):
@@ -26,6 +26,10 @@ class Supervised(Objective):
         dropout: on the embedding.
         prior_bias: start the bias at `prior` instead of torch's default.
         weight_scale: factor on the initial weights; a small one lets the prior speak first.
+        label_smoothing: share of the target that is spread over all classes (cross-entropy only).
+        auxiliary_weight: of the same loss by a second classifier on the tap `auxiliary`, in training (DARTS:
+            0.4); the found network must have that tap.
+        output: shapes of the network's taps.
     """
 
     needs = Needs(views=1, labels=True)
@@ -40,14 +44,31 @@ class Supervised(Objective):
         dropout: float = 0.0,
         prior_bias: bool = False,
         weight_scale: float = 1.0,
+        label_smoothing: float = 0.0,
+        auxiliary_weight: float = 0.0,
+        output: OutputInfo | None = None,
     ) -> None:
         super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise InputError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        if label_smoothing and task == "multilabel":
+            raise InputError("label_smoothing is for one class a sample; set it to 0 for multi-label data")
         if not 0 < threshold < 1:
             raise InputError(f"threshold must be between 0 and 1, got {threshold}")
         self.task, self.classes, self.threshold = task, classes, threshold
         self.selects = ("f1_weighted", "max") if task == "multilabel" else ("accuracy", "max")
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(embedding, len(classes))
+        self.label_smoothing, self.auxiliary_weight = label_smoothing, auxiliary_weight
+        self.auxiliary: nn.Linear | None = None
+        if auxiliary_weight:
+            taps = output.taps if output is not None else {}
+            if "auxiliary" not in taps:
+                raise InputError(
+                    f"auxiliary_weight={auxiliary_weight:g} needs a network with the tap 'auxiliary'; set "
+                    "search_space.auxiliary=true (cnn_cells), or auxiliary_weight=0"
+                )
+            self.auxiliary = nn.Linear(taps["auxiliary"][0], len(classes))
         with torch.no_grad():
             self.linear.weight.mul_(weight_scale)
             if prior_bias:
@@ -61,12 +82,17 @@ class Supervised(Objective):
         """() mean over samples (and classes for multi-label), in nats."""
         if self.task == "multilabel":
             return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        return F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def forward(self, run: Run, batch: Batch, half: Half = "weights") -> Losses:
         assert batch.labels is not None
-        loss = self.loss(self.logits(run(batch.views[0]).embedding), batch.labels)
-        return Losses(loss, {"loss": loss.detach()})
+        output = run(batch.views[0])
+        loss = self.loss(self.logits(output.embedding), batch.labels)
+        total = loss
+        if self.auxiliary is not None and "auxiliary" in output.taps:
+            second = self.loss(self.auxiliary(output.taps["auxiliary"]), batch.labels)
+            total = loss + self.auxiliary_weight * second
+        return Losses(total, {"loss": loss.detach()})
 
     @torch.no_grad()
     def predict(self, run: Run, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
