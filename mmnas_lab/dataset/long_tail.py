@@ -99,12 +99,8 @@ class LongTail:
         pool: list[tuple[Split, int]] = [
             (split, row) for split in ("train", "val") for row in range(len(self.dataset.ids(split)))
         ]
-        kept = [
-            pool[k]
-            for k in self._thinned(
-                pool, torch.cat([self.dataset.labels("train"), self.dataset.labels("val")])
-            )
-        ]
+        labels = torch.cat([self.dataset.labels("train"), self.dataset.labels("val")])
+        kept = [pool[k] for k in self._thinned(pool, labels, train=True)]
         ids = {split: self.dataset.ids(split) for split in SPLITS}
         held = held_out([ids[split][row] for split, row in kept], self.val_share, "val")
         self._rows = {
@@ -120,15 +116,21 @@ class LongTail:
             return list(range(count))
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()
 
-    def _thinned(self, rows: Sequence[tuple[Split, int]], labels: Tensor) -> list[int]:
-        """Positions in `rows` that are kept, in their order."""
-        members = labels.bool() if labels.ndim == 2 else one_hot(labels, len(self.classes))
+    def _room(self, members: Tensor) -> Tensor:
+        """(Y,) samples that each class may keep, of members (n, Y)."""
         counts = class_counts(int(members.sum(0).max()), len(self.classes), self.profile, self.mu)
         room = torch.zeros(len(self.classes), dtype=torch.int64)
         room[self._order()] = torch.tensor(counts)
-        if empty := [name for name, count in zip(self.classes, room.tolist(), strict=True) if count == 0]:
+        return room
+
+    def _thinned(self, rows: Sequence[tuple[Split, int]], labels: Tensor, train: bool = False) -> list[int]:
+        """Positions in `rows` that are kept, in their order."""
+        members = labels.bool() if labels.ndim == 2 else one_hot(labels, len(self.classes))
+        left = self._room(members).tolist()
+        if train and 0 in left:
             raise InputError(
-                f"dataset.mu={self.mu:g} leaves no sample of class '{empty[0]}'; raise mu, or use more data"
+                f"dataset.mu={self.mu:g} leaves no sample of class '{self.classes[left.index(0)]}'; raise mu, "
+                "or use more data"
             )
         ids = {split: self.dataset.ids(split) for split in {split for split, _ in rows}}
 
@@ -136,7 +138,7 @@ class LongTail:
             split, row = rows[k]
             return hashlib.blake2b(f"{self.seed}\0{ids[split][row]}".encode(), digest_size=8).digest()
 
-        left, kept = room.tolist(), []
+        kept = []
         for k in sorted(range(len(rows)), key=place):
             classes = members[k].nonzero()[:, 0].tolist()
             if all(left[c] > 0 for c in classes):
