@@ -17,6 +17,8 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("[!_]*.yam
 SCALES = sorted(path.stem for path in (CONF / "scale").glob("*.yaml"))
 CHOICES = sorted((group, path.stem) for group in GROUPS for path in (CONF / group).glob("*.yaml"))
 GENOTYPE = "strategy.genotype=genotype.json"
+# What a choice needs beside the default experiment, which is one of the fusion space.
+NEEDED = {"fixed": [GENOTYPE], "cnn_cells": ["~search_space.pairing"]}
 
 
 def composed(*overrides: str) -> dict[str, Any]:
@@ -44,12 +46,22 @@ def test_every_choice_mirrors_the_package_and_composes(group, choice):
     names = targets(node)
     assert "_target_" in node
     assert all(name.startswith(f"mmnas_lab.{group}.") for name in names)
-    overrides = [f"{group}={choice}", *([GENOTYPE] if choice == "fixed" else [])]
-    check_config(composed(*overrides))
+    check_config(composed(f"{group}={choice}", *NEEDED.get(choice, [])))
     for name in names:
         read = parameter_names(name)
         signature = inspect.signature(target({"_target_": name}, group)).parameters
         assert read is None or read == list(signature)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_scale_sets_the_sizes_of_the_space_that_is_chosen(scale):
+    spaces = sorted(path.stem for path in (CONF / "search_space").glob("*.yaml"))
+    for space in spaces:
+        check_config(composed(f"scale={scale}", f"search_space={space}", *NEEDED.get(space, [])))
+        sizes = CONF / f"scale/sizes/{scale}_{space}.yaml"
+        assert sizes.exists() == (scale != "paper")
+    assert composed("scale=smoke", "search_space=cnn_cells")["search_space"]["num_cells"] == 3
+    assert composed("scale=smoke")["search_space"]["length"] == 4
 
 
 @pytest.mark.parametrize("group", ["trainer", "logger", "launcher", "scale"])
