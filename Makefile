@@ -38,6 +38,7 @@ check: install
 
 bench: install
 	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.bench_cells
 
 fusion-table: install
 	$(BIN)/python scripts/fusion_table.py dataset.path=$(POSTERS)

@@ -48,7 +48,7 @@ def test_every_choice_mirrors_the_package_and_composes(group, choice):
     overrides = [f"{group}={choice}", *([GENOTYPE] if choice == "fixed" else [])]
     if group == "search_space":
         overrides.append(f"sizes={choice}")  # a space comes with its sizes, and cells with pixels
-        overrides += ["backbone=pixels"] * (choice == "cnn_cells")
+        overrides += ["experiment=darts_cifar10"] * (choice == "cnn_cells")
     if choice == "image_folder":
         overrides.append("dataset.path=pictures")
     check_config(composed(*overrides))

@@ -129,8 +129,8 @@ class LongTail:
         left = self._room(members).tolist()
         if train and 0 in left:
             raise InputError(
-                f"dataset.mu={self.mu:g} leaves no sample of class '{self.classes[left.index(0)]}'; raise mu, "
-                "or use more data"
+                f"dataset.mu={self.mu:g} leaves no sample of class '{self.classes[left.index(0)]}'; "
+                "raise mu, or use more data"
             )
         ids = {split: self.dataset.ids(split) for split in {split for split, _ in rows}}
 
