@@ -47,7 +47,10 @@ SIGMOID = [
     "search.arch_optimizer.lr=0.01",
     "search.arch_optimizer.betas=[0.9,0.999]",
 ]
-ZERO_ONE = "+search.regularisers.zero_one={weight: 10, function: {_target_: mmnas_lab.objective.regularisers.ZeroOne}}"
+ZERO_ONE = [
+    "+search.regularisers.zero_one.weight=10",
+    "+search.regularisers.zero_one.function._target_=mmnas_lab.objective.regularisers.ZeroOne",
+]
 
 
 def searches(study: str) -> Iterator[tuple[dict[str, Any], list[str]]]:
@@ -69,7 +72,7 @@ def searches(study: str) -> Iterator[tuple[dict[str, Any], list[str]]]:
             for zero_one in (True, False):
                 yield (
                     {"study": "b", "zero_one": zero_one, "seed": seed},
-                    [*SIGMOID, *([ZERO_ONE] if zero_one else [])],
+                    [*SIGMOID, *(ZERO_ONE if zero_one else [])],
                 )
 
 
