@@ -96,6 +96,16 @@ def test_a_found_genotype_is_trained_on_other_pictures(pictures, tmp_path):
     assert records[0]["genotype"] == records[1]["genotype"]
 
 
+def test_a_published_genotype_is_trained_by_its_name(pictures, tmp_path):
+    overrides = ["strategy=fixed", "strategy.genotype=DARTS_V2", "train.epochs=1", "baselines=[]"]
+    folder = run(configuration(pictures, tmp_path, "darts_cifar10", *overrides))
+    normal = json.loads((folder / "genotype.json").read_text())["cells"][0]
+    assert [[edge["input"] for edge in node] for node in normal["nodes"]] == [[0, 1], [0, 1], [1, 0], [0, 2]]
+    overrides[1] = "strategy.genotype=DARTS_V9"
+    with pytest.raises(InputError, match="DARTS_V2"):
+        run(configuration(pictures, tmp_path, "darts_cifar10", *overrides))
+
+
 @pytest.mark.parametrize("experiment", ["mae_nas_cifar10", "ssf_nas_cifar10"])
 def test_label_free_searches_do_not_depend_on_labels(tmp_path, experiment):
     """Training labels permuted and constant: the same pictures and genotype; another classifier."""

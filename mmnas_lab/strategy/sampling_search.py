@@ -20,10 +20,11 @@ from mmnas_lab.types import InputError
 
 
 class Fixed:
-    """The genotype of a file, with no search at all.
+    """A given genotype, with no search at all.
 
     Args:
-        genotype: path of a `genotype.json`, as a run leaves it.
+        genotype: path of a `genotype.json`, as a run leaves it, or the name of a published genotype of the
+            space (`DARTS_V2`).
     """
 
     name = "fixed"
@@ -32,21 +33,32 @@ class Fixed:
 
     def __init__(self, genotype: str) -> None:
         path = Path(genotype)
+        self.data: dict[str, Any] | None = None
+        self.published = genotype
         if not path.is_file():
+            if path.suffix != ".json" and len(path.parts) == 1:
+                return
             raise InputError(
                 f"strategy.genotype: no file '{genotype}'; give the genotype.json of a finished run"
             )
         try:
-            self.data: dict[str, Any] = json.loads(path.read_text())
+            self.data = json.loads(path.read_text())
         except ValueError as error:
             raise InputError(f"strategy.genotype: '{genotype}' is not JSON ({error})") from None
 
     def settings(self) -> dict[str, Any]:
         """The genotype itself, not the file's name, is what the result depends on."""
-        return {"genotype": self.data}
+        return {"genotype": self.published if self.data is None else self.data}
 
     def search(self, problem: Problem, folder: Path) -> SearchResult:
         """The given genotype, checked against the space and its inputs."""
+        if self.data is None:
+            if not hasattr(problem.space, "published"):
+                raise InputError(
+                    f"strategy.genotype: no file '{self.published}', and space '{problem.space.name}' has no "
+                    "published genotypes; give the genotype.json of a finished run"
+                )
+            return SearchResult(problem.space.published(self.published), {}, {"name": "published"})
         return SearchResult(problem.space.parse(self.data, problem.inputs), {}, {"name": "fixed"})
 
 

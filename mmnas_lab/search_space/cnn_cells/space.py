@@ -209,6 +209,10 @@ class CnnCellSpace:
         return parse_genotype(data, self.vocabulary, self.found_ops())
 
     def fixed(self, name: str, inputs: InputInfos) -> CnnGenotype:
+        """A published genotype by its name. Raises InputError."""
+        return self.published(name)
+
+    def published(self, name: str) -> CnnGenotype:
         """A published genotype by its name, or NAS-Bench-201's by its string. Raises InputError."""
         genotype = bench_201_genotype(name) if self.vocabulary == "nas_bench_201" else published(name)
         check_genotype(genotype, self.vocabulary, self.found_ops())
