@@ -32,7 +32,6 @@ DECODERS = ("hierarchical", "plain")
 # 22,500 pictures in each half, batches of 45, two epochs: 1,000 steps of the architecture.
 SMALL = [
     "scale=cpu",
-    "search_space.channels=4",
     "search.batch_size=45",
     "search.epochs=2",
     "search.min_steps=0",
