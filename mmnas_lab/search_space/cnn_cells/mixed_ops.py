@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmnas_lab.search_space.cnn_cells.depthwise import depthwise
 from mmnas_lab.search_space.cnn_cells.primitive_ops import avg_pool, max_pool
 
 
@@ -27,11 +28,18 @@ class State:
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
+        self._repeated: dict[int, Tensor] = {}
 
     @cached_property
     def rectified(self) -> Tensor:
         """relu(x); nothing may write into it."""
         return torch.relu(self.x)
+
+    def repeated(self, times: int) -> Tensor:
+        """relu(x), so many times side by side: (B, times C, H, W); nothing may write into it either."""
+        if times not in self._repeated:
+            self._repeated[times] = torch.cat([self.rectified] * times, 1)
+        return self._repeated[times]
 
 
 class Norm(nn.BatchNorm2d):
@@ -72,21 +80,18 @@ class SeparableConvs(EdgeOps):
     ) -> None:
         super().__init__()
         self.num_edges, self.channels, self.stride, self.dilation = num_edges, channels, stride, dilation
-        self.padding = dilation * (size // 2)
         n, c = num_edges, channels
         self.depthwise = nn.ParameterList(kernel(n * c, 1, size) for _ in range(repeats))
         self.pointwise = nn.ParameterList(kernel(n * c, c, 1) for _ in range(repeats))
         self.norms = nn.ModuleList(Norm(n * c) for _ in range(repeats))
 
     def forward(self, state: State, scale: Tensor) -> Tensor:
-        h, stride = torch.cat([state.rectified] * self.num_edges, 1), self.stride
+        h, stride = state.repeated(self.num_edges), self.stride
         norms: Any = self.norms
         for repeat, norm in enumerate(norms):
             if repeat:
                 h, stride = torch.relu_(h), 1
-            h = F.conv2d(
-                h, self.depthwise[repeat], None, stride, self.padding, self.dilation, groups=h.shape[1]
-            )
+            h = depthwise(h, self.depthwise[repeat], stride, self.dilation)
             h = F.conv2d(h, self.pointwise[repeat], groups=self.num_edges)
             last = repeat == len(norms) - 1
             h = norm.scaled(h, scale.repeat_interleave(self.channels)) if last else norm(h)

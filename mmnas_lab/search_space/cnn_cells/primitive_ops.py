@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mmnas_lab.search_space.cnn_cells.depthwise import Depthwise
+
 
 class ReLUConvNorm(nn.Sequential):
     """ReLU, convolution without bias, BatchNorm."""
@@ -56,10 +58,9 @@ class DilConv(nn.Sequential):
     """ReLU, a depthwise (dilated) convolution, a 1x1 convolution, BatchNorm."""
 
     def __init__(self, channels: int, kernel: int, stride: int, dilation: int = 2) -> None:
-        padding = dilation * (kernel // 2)
         super().__init__(
             nn.ReLU(),
-            nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups=channels, bias=False),
+            Depthwise(channels, kernel, stride, dilation),
             nn.Conv2d(channels, channels, 1, bias=False),
             nn.BatchNorm2d(channels),
         )

@@ -214,7 +214,7 @@ def test_the_weight_half_step_has_the_same_weight_gradients_and_no_others(option
             torch.testing.assert_close(gradient, everything[name], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("option", ["darts", "partial channels", "nas_bench_201"])
+@pytest.mark.parametrize("option", ["darts", "channels last", "partial channels", "nas_bench_201"])
 def test_gradients_can_be_differentiated_again(option, generator):
     """The exact unrolled step needs it: a directional derivative of alpha's gradient along the weights."""
     _, network, image = supernet_of(option, generator)
