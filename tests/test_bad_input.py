@@ -121,7 +121,8 @@ def test_a_missing_encoder_package_is_named(tmp_path):
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     message = refused(*TINY, "search.batch_size=100", cwd=tmp_path)
-    assert "batch_size=100 is larger than the 48 samples" in message
+    assert "search.batch_size=100 is larger than the 24 samples" in message
+    assert "48 in train, 24 in val" in message
     assert "search.batch_size to 48 or less" in message
 
 
