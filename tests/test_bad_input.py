@@ -123,7 +123,7 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     message = refused(*TINY, "search.batch_size=100", cwd=tmp_path)
     assert "search.batch_size=100 is larger than the 24 samples" in message
     assert "48 in train, 24 in val" in message
-    assert "search.batch_size to 48 or less" in message
+    assert "set it to 24 or less" in message
 
 
 def test_a_loss_that_is_not_finite_is_named(tmp_path):
