@@ -164,6 +164,8 @@ class Experiment:
                 write_json(folder / "selection.json", found.selection)
                 write_json(folder / "trace.json", found.trace)
                 write_history(folder, found.history)
+                if found.snapshots:
+                    save_file(found.snapshots, folder / "snapshots.safetensors")
 
         slug = f"{config.dataset['_target_'].rsplit('.', 1)[-1]}_{self.strategy.name}_{config.seed}"
         result = stage(self.root, "search", slug, VERSIONS["search"], read, inputs, compute)

@@ -220,6 +220,21 @@ def flops(experiment: Experiment, found: Found) -> int:
     return counter.get_total_flops()
 
 
+def _draw_search(experiment: Experiment, search: StageResult, folder: Path) -> None:
+    """Pictures of how the search went: weights of every edge, reconstructions over the epochs."""
+    from safetensors.numpy import load_file
+
+    from mmnas_lab.report.edge_weights import draw_edge_weights
+    from mmnas_lab.report.reconstructions import draw_reconstructions, picture_names
+
+    draw_edge_weights(search.folder / "trace.json", folder / "edge_weights.png")
+    if (search.folder / "snapshots.safetensors").exists():
+        snapshots = load_file(search.folder / "snapshots.safetensors")
+        for name in picture_names(snapshots):
+            mean, std = (value.numpy() for value in experiment.data.cache.statistics[name])
+            draw_reconstructions(snapshots, name, mean, std, folder / "reconstructions.png")
+
+
 def leave(experiment: Experiment, found: Found | None, folder: Path, summary: dict[str, Any]) -> None:
     """Write the run's folder: genotype, drawings, metrics, curves, network, and the record last."""
     from mmnas_lab.report.cell_drawing import draw_cells
@@ -240,6 +255,7 @@ def leave(experiment: Experiment, found: Found | None, folder: Path, summary: di
         record.copy(search.folder / "genotype.json", folder / "genotype.json")
         for suffix in ("svg", "png"):
             draw(summary["genotype"], summary["margins"], folder / f"genotype.{suffix}")
+        _draw_search(experiment, search, folder)
     if histories:
         trace = search.folder / "trace.json" if search is not None else None
         draw_curves(folder / "metrics.csv", trace, folder / "curves.png")

@@ -61,10 +61,12 @@ def test_every_experiment_runs_to_its_record(pictures, tmp_path, experiment):
     assert "random_genotype" in record["baselines"]
     assert record["label_free"] == (experiment in LABEL_FREE)
     assert ("accuracy_long_tailed" in record["metrics"]["test"]) == experiment.endswith("lt")
-    for name in ("genotype.png", "genotype.svg", "curves.png", "network.safetensors", "metrics.csv"):
+    for name in ("genotype.png", "genotype.svg", "curves.png", "edge_weights.png", "network.safetensors"):
         assert (folder / name).stat().st_size > 200
-    if experiment.endswith("lt"):
-        assert "search/arch_zero_one" in (folder / "metrics.csv").read_text()
+    logged = (folder / "metrics.csv").read_text()
+    assert "search/skips_normal" in logged
+    assert ("search/arch_zero_one" in logged) == experiment.endswith("lt")
+    assert (folder / "reconstructions.png").exists() == experiment.startswith("mae_nas")
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,7 @@ def test_every_experiment_runs_to_its_record(pictures, tmp_path, experiment):
         ["strategy.order=second_released"],
         ["strategy.order=second_exact"],
         ["strategy.half_steps=weights_first"],
+        ["strategy=darts_es", "strategy.early_stop.every=1"],
         ["strategy=random", "strategy.draws=2", "strategy.epochs=1"],
     ],
 )

@@ -44,6 +44,10 @@ class Objective(nn.Module, ABC):
     def evaluate(self, run: Run, batches: Iterable[Batch]) -> dict[str, float]:
         """Quantities over all batches in eval mode, equal on all ranks; `loss` is one of them."""
 
+    def snapshot(self, run: Run, batch: Batch) -> dict[str, Tensor]:
+        """What of a few samples is worth a picture over a search, by name; nothing by default."""
+        return {}
+
 
 Regulariser = Callable[[dict[str, Tensor]], Tensor]
 """A () penalty of a hypernet's mixing weights by name (`Hypernet.mixing`)."""

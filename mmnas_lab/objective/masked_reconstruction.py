@@ -172,6 +172,11 @@ class MaskedReconstruction(Objective):
                 output[name] = units.join(units.split(output[name]) * std + mean)
         return Reconstruction(inputs, {name: seen[name] for name in self.units}, output)
 
+    def snapshot(self, run: Run, batch: Batch) -> dict[str, Tensor]:
+        """Reconstructions as `<input's name>/input`, `/masked` and `/output`, each (B, *shape)."""
+        shown = self.reconstruct(run, batch)._asdict()
+        return {f"{name}/{kind}": values[name] for kind, values in shown.items() for name in values}
+
     @staticmethod
     def _fixed() -> torch.Generator:
         """The generator of a held batch's masks: the k-th sample of every batch has the same mask."""

@@ -95,6 +95,11 @@ class Mix(Objective):
             values |= {f"{name}_{quantity}": value for quantity, value in own.items()}
         return values
 
+    def snapshot(self, run: Run, batch: Batch) -> dict[str, Tensor]:
+        """What the terms show, together."""
+        shown = (term.objective.snapshot(run, batch) for term in self.terms.values())
+        return {name: tensor for one in shown for name, tensor in one.items()}
+
 
 class _Once:
     """The network, run once on each view of a batch however many terms read it."""

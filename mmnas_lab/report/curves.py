@@ -195,6 +195,15 @@ def _search_panels(metrics: Metrics) -> list[_Panel]:
     if selection:
         line = _Line(*metrics[f"search/eval_{selection}", FOUND])
         panels.append(_Panel(f"Search: validation {_plain(selection)}", [line]))
+    skips = [name for name in searched if "/skips_" in name]
+    lines = [
+        _Line(*metrics[name, FOUND], colour=PALETTE[i % len(PALETTE)], label=f"{name.split('_', 1)[1]} cell")
+        for i, name in enumerate(skips)
+    ]
+    panels.append(_Panel("Search: skip connections", lines, shown=(0.0, 2.0)))
+    if ("search/eigenvalue", FOUND) in metrics:
+        line = _Line(*metrics["search/eigenvalue", FOUND])
+        panels.append(_Panel("Search: dominant eigenvalue", [line]))
     for name, (scale, shown) in MONITORS.items():
         stages = {"search": (f"search/eval_{name}", GREY), "pretraining": (f"pretrain/val_{name}", INK)}
         lines = [

@@ -71,6 +71,14 @@ class Hypernet(Network):
     def choice_names(self) -> dict[str, list[str]]:
         """A name for each entry of `mixing`, flattened: what plots and traces write beside it."""
 
+    def monitors(self, genotype: Any) -> dict[str, float]:
+        """Counts of a derived genotype that are worth a curve over the search; none by default."""
+        return {}
+
+    def alarm(self, genotype: Any) -> str | None:
+        """What is wrong with a derived genotype and what helps, where it has degenerated."""
+        return None
+
     @contextmanager
     def weights_only(self) -> Iterator[None]:
         """Within it the mixing weights carry no gradient: the weight half-step wastes nothing on them."""

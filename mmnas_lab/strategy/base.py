@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from mmnas_lab.config import Search
 from mmnas_lab.loader import Draw, Source
 from mmnas_lab.objective.base import Needs, Objective, Weighted
@@ -55,6 +57,7 @@ class SearchResult:
         selection: how it was chosen among the candidates: name, value, epoch or draw.
         history: everything logged.
         trace: relaxed weights over the search, `{"names": ..., "records": [...]}`; empty without a hypernet.
+        snapshots: what the objective showed of a few samples over the search, `<epoch>/<name>`.
     """
 
     genotype: Any
@@ -62,6 +65,7 @@ class SearchResult:
     selection: dict[str, Any]
     history: list[Point] = field(default_factory=list)
     trace: dict[str, Any] = field(default_factory=dict)
+    snapshots: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Strategy(Protocol):

@@ -17,6 +17,7 @@ from mmnas_lab.objective.base import Scored
 from mmnas_lab.randomness import seed_of
 from mmnas_lab.search_space.base import Hypernet
 from mmnas_lab.strategy.base import Problem, SearchResult
+from mmnas_lab.strategy.curvature import CurvatureStop, Stop, dominant_eigenvalue
 from mmnas_lab.strategy.unrolled import Order, VirtualStep, unrolled_gradient
 from mmnas_lab.training import Fit, make_optimizer, make_schedule
 from mmnas_lab.types import Batch, InputError
@@ -25,6 +26,12 @@ log = logging.getLogger(__name__)
 
 Alternation = Literal["batch", "epoch"]
 HalfSteps = Literal["arch_first", "weights_first"]
+
+
+SNAPSHOTS, SNAPSHOT_SAMPLES = 6, 6
+"""Epochs of a search of which pictures are kept, and samples on each."""
+KEPT = ("best", "trace", "eigenvalues", "measured", "stopped", "snapshots", "alarmed")
+"""What a save point of a search holds besides the module."""
 
 
 class SearchBatch(NamedTuple):
@@ -51,14 +58,23 @@ class SearchModule(Fit):
         alternation: Alternation,
         order: Order = "first",
         half_steps: HalfSteps = "arch_first",
+        early_stop: CurvatureStop | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.automatic_optimization = False
         self.weight_batches, self.arch_batches, self.held = weights, architecture, held
         self.alternation, self.order, self.half_steps = alternation, order, half_steps
+        self.early_stop = early_stop
         self.best: dict[str, Any] = {}
         self.trace: list[dict[str, Any]] = []
+        self.eigenvalues: list[float] = []
+        self.measured: dict[str, dict[str, Any]] = {}  # genotypes at the measured epochs
+        self.stopped: dict[str, Any] = {}
+        self.snapshots: dict[str, Tensor] = {}
+        self.alarmed = False
+        count = min(SNAPSHOTS, self.num_epochs)
+        self.pictured = {round((k + 1) * self.num_epochs / count) - 1 for k in range(count)}
         names = [f"scored.network.arch.{name}" for name in self.network.arch]
         torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 
@@ -189,25 +205,83 @@ class SearchModule(Fit):
         self.trace.append({"step": self._done, "epoch": epoch, "mixing": mixing})
         values = self.scored.objective.evaluate(self.network, self.held)
         loss = values["loss"]
+        derived = self.network.derive()
+        state = {"epoch": epoch, "genotype": derived.genotype.to_json(), "margins": derived.margins}
         if self._moves(epoch) and math.isfinite(loss) and (not self.best or loss < self.best["loss"]):
-            derived = self.network.derive()
-            self.best = {
-                "loss": loss,
-                "epoch": epoch,
-                "genotype": derived.genotype.to_json(),
-                "margins": derived.margins,
-            }
-        return {f"search/eval_{name}": value for name, value in values.items()}
+            self.best = {"loss": loss, **state}
+        points = {f"search/eval_{name}": value for name, value in values.items()}
+        points |= {f"search/{name}": value for name, value in self.network.monitors(derived.genotype).items()}
+        if self._moves(epoch):
+            self._sound_alarm(derived.genotype, epoch)
+        if self.early_stop is not None and self.early_stop.measures(epoch):
+            points["search/eigenvalue"] = self._measure(self.early_stop, state)
+        if epoch in self.pictured and distributed.rank() == 0:
+            self._take_snapshot(epoch)
+        return points
+
+    def _sound_alarm(self, genotype: Any, epoch: int) -> None:
+        """Say once that the genotype degenerates."""
+        alarm = self.network.alarm(genotype)
+        if alarm and not self.alarmed:
+            log.warning("after epoch %d %s", epoch, alarm)
+            self.alarmed = True
+
+    def _measure(self, early_stop: CurvatureStop, state: dict[str, Any]) -> float:
+        """The dominant eigenvalue on the epoch's last architecture batch, in training mode; may end the fit.
+
+        On ranks each takes its part of the batch.
+        """
+        epoch = state["epoch"]
+        turn, step = divmod((epoch + 1) * len(self.weight_batches) - 1, len(self.arch_batches))
+        if self.alternation == "epoch":
+            turn, step = epoch, len(self.arch_batches) - 1
+        self.scored.train()
+        decay: float = self.settings.arch_optimizer.weight_decay  # type: ignore[attr-defined]
+        value = dominant_eigenvalue(
+            self.scored, self.arch_parameters, self.arch_batches.batch(turn, step), decay
+        )
+        self.scored.eval()
+        self.eigenvalues.append(value)
+        self.measured[str(epoch)] = state
+        if stop := early_stop.decide(self.eigenvalues):
+            self._stop(stop, epoch)
+        return value
+
+    def _stop(self, stop: Stop, epoch: int) -> None:
+        log.warning(
+            "search stopped after epoch %d: the dominant eigenvalue has grown by %.2f; the genotype is that "
+            "of epoch %d",
+            epoch,
+            stop.growth,
+            stop.epoch,
+        )
+        self.stopped = {**self.measured[str(stop.epoch)], "growth": stop.growth, "stopped_after": epoch}
+        self.num_epochs = epoch + 1
+        self.total_steps_cached = self.total_steps()
+        self.trainer.should_stop = True
+
+    def _take_snapshot(self, epoch: int) -> None:
+        """Keep what the objective shows of a few held samples."""
+        views, labels = next(iter(self.held))
+        few = Batch(
+            tuple({name: tensor[:SNAPSHOT_SAMPLES] for name, tensor in view.items()} for view in views),
+            None if labels is None else labels[:SNAPSHOT_SAMPLES],
+        )
+        shown = self.scored.objective.snapshot(self.network, few)
+        self.snapshots |= {f"{epoch}/{name}": tensor.cpu() for name, tensor in shown.items()}
 
     @torch.no_grad()
     def _mixing(self) -> dict[str, Tensor]:
         return self.network.mixing()
 
     def extra_state(self) -> dict[str, Any]:
-        return {"best": self.best, "trace": self.trace}
+        return {name: getattr(self, name) for name in KEPT}
 
     def set_extra_state_from(self, state: dict[str, Any]) -> None:
-        self.best, self.trace = state["best"], state["trace"]
+        for name in KEPT:
+            setattr(self, name, state[name])
+        if self.stopped:
+            self.num_epochs = self.stopped["stopped_after"] + 1
 
 
 class SingleLevelModule(SearchModule):
@@ -244,6 +318,7 @@ class Bilevel:
         order: `first` holds the weights still; `second_released` and `second_exact` look one weight step
             ahead, by DARTS' finite difference or by differentiating twice (see `unrolled`).
         half_steps: which comes first where they alternate by batch.
+        early_stop: measures the dominant eigenvalue of the Hessian, and stops when it grows.
 
     Raises:
         InputError: a second-order step with epochs alternating, since it needs a batch of each half at once.
@@ -259,6 +334,7 @@ class Bilevel:
         alternation: Alternation = "batch",
         order: Order = "first",
         half_steps: HalfSteps = "arch_first",
+        early_stop: CurvatureStop | None = None,
     ) -> None:
         if order != "first" and alternation == "epoch":
             raise InputError(
@@ -268,6 +344,7 @@ class Bilevel:
         self.alternation: Alternation = alternation
         self.order: Order = order
         self.half_steps: HalfSteps = half_steps
+        self.early_stop = early_stop
 
     def sources(self, problem: Problem) -> tuple[Source, Source]:
         """What weights and architecture are trained on."""
@@ -306,17 +383,23 @@ class Bilevel:
             alternation=self.alternation,
             order=self.order,
             half_steps=self.half_steps,
+            early_stop=self.early_stop,
         )
         module.run()
         log.info("search: %s", module.last_values())
-        best = module.best
+        chosen, selection = module.best, {"name": "search/eval_loss", "value": module.best.get("loss")}
+        if module.stopped:
+            chosen = module.stopped
+            selection = {"name": "search/eigenvalue", "growth": chosen["growth"]}
+            selection["stopped_after"] = chosen["stopped_after"]
         trace = {"names": network.choice_names(), "records": module.trace}
         return SearchResult(
-            problem.space.parse(best["genotype"], problem.inputs),
-            best["margins"],
-            {"name": "search/eval_loss", "value": best["loss"], "epoch": best["epoch"]},
+            problem.space.parse(chosen["genotype"], problem.inputs),
+            chosen["margins"],
+            {**selection, "epoch": chosen["epoch"]},
             module.history,
             trace,
+            module.snapshots,
         )
 
 

@@ -314,3 +314,13 @@ def test_evaluation_is_the_same_on_one_and_two_ranks(count):
     first, second = on_ranks(evaluated, count)
     assert first == second
     assert first == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_snapshot_is_the_reconstruction(generator):
+    objective, network = MaskedReconstruction(LEVELS, IMAGE, patch=2), Levels()
+    batch = Batch((images(generator),))
+    shown, truth = objective.snapshot(network, batch), objective.reconstruct(network, batch)
+    assert torch.equal(shown["image/input"], truth.input["image"])
+    assert torch.equal(shown["image/masked"], truth.masked["image"])
+    assert torch.equal(shown["image/output"], truth.output["image"])
+    assert set(shown) == {"image/input", "image/masked", "image/output"}

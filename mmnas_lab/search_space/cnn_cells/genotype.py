@@ -27,6 +27,10 @@ class CellGenotype:
     kind: str
     nodes: tuple[tuple[EdgeGenotype, ...], ...]
 
+    def count(self, op: str) -> int:
+        """Number of edges with that operation."""
+        return sum(edge.op == op for node in self.nodes for edge in node)
+
     def live_nodes(self, inputs: int) -> dict[int, tuple[EdgeGenotype, ...]]:
         """The nodes that can be computed, by state, each with the edges that lead from states that exist.
 

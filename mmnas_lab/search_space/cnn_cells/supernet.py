@@ -173,6 +173,23 @@ class CnnSupernet(Hypernet):
             )
         return names
 
+    def monitors(self, genotype: CnnGenotype) -> dict[str, float]:
+        """Skip connections of each kind of cell, as `skips_<kind>`."""
+        return {f"skips_{cell.kind}": float(cell.count("skip_connect")) for cell in genotype.cells}
+
+    def alarm(self, genotype: CnnGenotype) -> str | None:
+        for cell in genotype.cells:
+            kept = sum(len(node) for node in cell.nodes)
+            skips = cell.count("skip_connect")
+            if cell.kind != "reduce" and 2 * skips > kept:
+                return (
+                    f"skip connections have taken over the {cell.kind} cell, {skips} of its {kept} "
+                    "operations; such cells train badly: stop earlier (strategy=darts_es), regularise the "
+                    "search (search_space.search_drop_path, search.optimizer.weight_decay), or use sigmoid "
+                    "weights (search_space.relaxation=sigmoid)"
+                )
+        return None
+
     @torch.no_grad()
     def derive(self) -> Derived:
         cells = []

@@ -12,6 +12,8 @@ from mmnas_lab.search_space.cnn_cells.mixed_ops import Noises
 from mmnas_lab.search_space.cnn_cells.space import CnnCellSpace
 from mmnas_lab.types import InputInfo
 
+IMAGE = {"image": InputInfo((3, 8, 8), "image")}
+
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 SMALL = {"num_cells": 3, "channels": 4, "num_nodes": 3}
 SPACES = {
@@ -285,3 +287,23 @@ def test_drop_path_keeps_the_mean():
     factors = cell_module.kept(x, 0.3)
     assert sorted(set(factors.flatten().tolist())) == pytest.approx([0.0, 1 / 0.7])
     assert float(factors.mean()) == pytest.approx(1.0, abs=0.02)
+
+
+def genotype_with_skips(skips):
+    """A genotype of DARTS' form whose normal cell has so many skip connections."""
+    ops = ["skip_connect"] * skips + ["sep_conv_3x3"] * (8 - skips)
+    normal = [[{"op": ops[2 * node + k], "input": k} for k in range(2)] for node in range(4)]
+    reduce = [[{"op": "skip_connect", "input": k} for k in range(2)] for _ in range(4)]
+    cells = [{"kind": "normal", "nodes": normal}, {"kind": "reduce", "nodes": reduce}]
+    return CnnCellSpace().parse({"space": "cnn_cells", "schema": 1, "cells": cells}, IMAGE)
+
+
+@pytest.mark.parametrize("skips", [0, 4, 5, 8])
+def test_skip_connections_are_counted_and_warned_of(skips):
+    network = CnnCellSpace(num_cells=3, channels=2).hypernet(IMAGE)
+    genotype = genotype_with_skips(skips)
+    assert network.monitors(genotype) == {"skips_normal": float(skips), "skips_reduce": 8.0}
+    alarm = network.alarm(genotype)
+    assert (alarm is not None) == (skips > 4)
+    if alarm:
+        assert f"{skips} of its 8" in alarm
