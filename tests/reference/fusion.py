@@ -216,6 +216,7 @@ def hypernet(
     head_cells,
     protocol,
     pairing,
+    relaxation="softmax",
     training=True,
 ):
     """All candidates at once: the embedding (B, m_out * C * L) and the list of cell outputs (B, C, L).
@@ -223,6 +224,7 @@ def hypernet(
     `cell_outputs` is m_in, `head_cells` m_out. The paper's protocol ignores m_in: all M steps leave a cell.
     """
     _check(protocol, pairing)
+    relax = {"softmax": softmax, "sigmoid": sigmoids}[relaxation]
     reshaped = [
         reshape(features[name], length=length, **_conv_and_norm(p, f"reshape.{name}", training))
         for name in features
@@ -232,10 +234,10 @@ def hypernet(
     for i in range(num_cells):
         sources = reshaped + cells
         if pairing == "shared":
-            x = y = _sum_of_edges(sources, p["alpha"][row : row + len(sources)])
+            x = y = _sum_of_edges(sources, p["alpha"][row : row + len(sources)], relax)
         else:
-            x = _mixture(sources, p["alpha"][0, row : row + len(sources)])
-            y = _mixture(sources, p["alpha"][1, row : row + len(sources)])
+            x = _mixture(sources, p["alpha"][0, row : row + len(sources)], relax)
+            y = _mixture(sources, p["alpha"][1, row : row + len(sources)], relax)
         row += len(sources)
 
         states = [x, y]
@@ -243,12 +245,12 @@ def hypernet(
         for m in range(num_steps):
             here = slice(inner_row, inner_row + len(states))
             if pairing == "shared":
-                first = second = _sum_of_edges(states, p["beta"][i, here])
+                first = second = _sum_of_edges(states, p["beta"][i, here], relax)
             else:
-                first = _mixture(states, p["beta"][i, 0, here])
-                second = _mixture(states, p["beta"][i, 1, here])
+                first = _mixture(states, p["beta"][i, 0, here], relax)
+                second = _mixture(states, p["beta"][i, 1, here], relax)
             inner_row += len(states)
-            weights = softmax(p["gamma"][i, m])
+            weights = relax(p["gamma"][i, m])
             step = torch.zeros_like(x)
             for weight, op in zip(weights, OPS[protocol], strict=True):
                 prefix = f"cell.{i}.step.{m}"
@@ -296,19 +298,24 @@ def _check(protocol, pairing="shared"):
         raise ValueError(f"pairing is 'shared' or 'distinct', got {pairing!r}")
 
 
-def _sum_of_edges(sources, logits):
-    """Plain sum over edges, each softmax(none, skip) of nothing and of the source itself."""
+def sigmoids(values):
+    """Each of a 1-D tensor of logits for itself."""
+    return [sigmoid(value) for value in values]
+
+
+def _sum_of_edges(sources, logits, relax):
+    """Plain sum over edges, each relaxed (none, skip) of nothing and of the source itself."""
     total = torch.zeros_like(sources[0])
     for source, edge in zip(sources, logits, strict=True):
-        weights = softmax(edge)
+        weights = relax(edge)
         total = total + weights[NONE] * torch.zeros_like(source) + weights[SKIP] * source
     return total
 
 
-def _mixture(sources, logits):
-    """The average of all sources, weighted with one softmax over them."""
+def _mixture(sources, logits, relax):
+    """The sum of all sources, weighted with one relaxation over them."""
     total = torch.zeros_like(sources[0])
-    for source, weight in zip(sources, softmax(logits), strict=True):
+    for source, weight in zip(sources, relax(logits), strict=True):
         total = total + weight * source
     return total
 

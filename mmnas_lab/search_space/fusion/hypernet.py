@@ -1,8 +1,8 @@
 """The fusion hypernets: every feature and every operation at once, weighted by alpha, beta and gamma.
 
 `SharedHypernet` is the published one (BM-NAS eq. 1, 2, 10): each edge has its own (none, skip) weights, and
-one mixture is both inputs of a cell. `DistinctHypernet` is ours: x and y are two mixtures, each normalised
-over its candidates, so that which input carries the residual, and which attends to which, is learned.
+one mixture is both inputs of a cell. `DistinctHypernet` is ours: x and y are two mixtures, each relaxed over
+its candidates, so that which input carries the residual, and which attends to which, is learned.
 
 Neither computes a thing twice: all feature mixtures of all cells are one contraction, `none` costs nothing,
 and equal operands are projected once (see `LinearOp.of_joined`).
@@ -25,6 +25,7 @@ from mmnas_lab.search_space.fusion.derivation import (
     edge_slices,
     inner_slices,
 )
+from mmnas_lab.search_space.relaxation import gumbel_noise, relax
 from mmnas_lab.types import InputInfos, Inputs, Output, OutputInfo
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class FusionHypernet(Hypernet):
         self.ops = tuple(space.ops)
         self.num_cells, self.num_steps, self.head_cells = space.num_cells, space.num_steps, space.head_cells
         self.rule = rule
+        self.relaxation, self.temperature = space.relaxation, space.temperature
         self.edges = edge_slices(len(inputs), space.num_cells)
         self.inner = inner_slices(space.num_steps)
 
@@ -67,6 +69,11 @@ class FusionHypernet(Hypernet):
             space.head_cells * space.channels * space.length,
             {f"cell.{i}": (space.channels, space.length) for i in range(self.num_cells)},
         )
+
+    def relaxed(self, logits: Tensor, sampled: bool = False) -> Tensor:
+        """Weights of the options in the last dimension; drawn in a training step if `sampled`."""
+        noisy = sampled and self.training and self.relaxation == "gumbel"
+        return relax(logits, self.relaxation, gumbel_noise(logits) if noisy else None, self.temperature)
 
     def operands(
         self,
@@ -101,7 +108,7 @@ class FusionHypernet(Hypernet):
             ]
         )  # (n, B, L, C)
         feature_weights, cell_weights, step_operands = self.operands()
-        gamma = torch.softmax(self.logits("gamma"), -1)  # (N, M, K)
+        gamma = self.relaxed(self.logits("gamma"), sampled=True)  # (N, M, K)
         mixtures = (feature_weights @ h.flatten(1)).view(-1, *h.shape[1:]).unbind()  # S of (B, L, C)
 
         per_cell = len(mixtures) // self.num_cells
@@ -133,7 +140,7 @@ class SharedHypernet(FusionHypernet):
         super().__init__(space, inputs, rule, shapes)
 
     def mixing(self) -> dict[str, Tensor]:
-        return {name: torch.softmax(self.logits(name), -1) for name in self.arch}
+        return {name: self.relaxed(self.logits(name)) for name in self.arch}
 
     def choice_names(self) -> dict[str, list[str]]:
         cells, steps, edges = range(self.num_cells), range(self.num_steps), ("none", "skip")
@@ -152,8 +159,8 @@ class SharedHypernet(FusionHypernet):
     def operands(
         self,
     ) -> tuple[Tensor, Tensor, Callable[[int, int, Sequence[Tensor]], tuple[Tensor, Tensor]]]:
-        alpha = torch.softmax(self.logits("alpha"), -1)[:, 1]  # (E,)
-        beta = torch.softmax(self.logits("beta"), -1)[..., 1]  # (N, I)
+        alpha = self.relaxed(self.logits("alpha"), sampled=True)[:, 1]  # (E,)
+        beta = self.relaxed(self.logits("beta"), sampled=True)[..., 1]  # (N, I)
         n = len(self.features)
         by_cell = [alpha[edges] for edges in self.edges]
         feature_weights = torch.stack([a[:n] for a in by_cell])
@@ -184,7 +191,7 @@ class SharedHypernet(FusionHypernet):
 class DistinctHypernet(FusionHypernet):
     """Two mixtures a cell and a step: alpha (2, E), beta (N, 2, I), gamma (N, M, K).
 
-    alpha is normalised over the candidates of each cell, beta over the predecessors of each step.
+    alpha is relaxed over the candidates of each cell, beta over the predecessors of each step.
     """
 
     def __init__(self, space: FusionSpace, inputs: InputInfos) -> None:
@@ -196,11 +203,13 @@ class DistinctHypernet(FusionHypernet):
         super().__init__(space, inputs, DistinctRule(space.num_steps), shapes)
 
     def mixing(self) -> dict[str, Tensor]:
+        return {**self._mixtures(sampled=False), "gamma": self.relaxed(self.logits("gamma"))}
+
+    def _mixtures(self, sampled: bool) -> dict[str, Tensor]:
         alpha, beta = self.logits("alpha"), self.logits("beta")
         return {
-            "alpha": torch.cat([torch.softmax(alpha[:, edges], -1) for edges in self.edges], -1),
-            "beta": torch.cat([torch.softmax(beta[..., inner], -1) for inner in self.inner], -1),
-            "gamma": torch.softmax(self.logits("gamma"), -1),
+            "alpha": torch.cat([self.relaxed(alpha[:, edges], sampled) for edges in self.edges], -1),
+            "beta": torch.cat([self.relaxed(beta[..., inner], sampled) for inner in self.inner], -1),
         }
 
     def choice_names(self) -> dict[str, list[str]]:
@@ -222,8 +231,8 @@ class DistinctHypernet(FusionHypernet):
     def operands(
         self,
     ) -> tuple[Tensor, Tensor, Callable[[int, int, Sequence[Tensor]], tuple[Tensor, Tensor]]]:
-        mixing = self.mixing()
-        alpha, beta = mixing["alpha"], mixing["beta"]
+        mixtures = self._mixtures(sampled=True)
+        alpha, beta = mixtures["alpha"], mixtures["beta"]
         n = len(self.features)
         by_cell = [alpha[:, edges] for edges in self.edges]
         feature_weights = torch.cat([a[:, :n] for a in by_cell])  # (2N, n): x and y of cell 0, of cell 1, ...

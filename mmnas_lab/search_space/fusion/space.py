@@ -19,6 +19,7 @@ from mmnas_lab.search_space.fusion.genotype import (
 )
 from mmnas_lab.search_space.fusion.hypernet import DistinctHypernet, SharedHypernet
 from mmnas_lab.search_space.fusion.primitive_ops import Protocol, StepOp, step_ops
+from mmnas_lab.search_space.relaxation import Relaxation
 from mmnas_lab.types import InputError, InputInfo, InputInfos
 
 
@@ -36,6 +37,9 @@ class FusionSpace:
         attention_dropout: of the attention operation (`released_code` only).
         protocol: operations, cell end and derivation of the `paper` or of the `released_code`.
         pairing: `shared` hands one mixture to both inputs of a cell, as published; `distinct` learns two.
+        relaxation: of alpha, beta and gamma. BM-NAS has `softmax`; `sigmoid` lets every edge and operation
+            weigh for itself, as FairDARTS does on its cells; `gumbel` draws once a forward, in training.
+        temperature: of `gumbel`; > 0.
     """
 
     name = "fusion"
@@ -52,6 +56,8 @@ class FusionSpace:
         attention_dropout: float = 0.1,
         protocol: Protocol = "released_code",
         pairing: Pairing = "shared",
+        relaxation: Relaxation = "softmax",
+        temperature: float = 1.0,
     ) -> None:
         for name, value in (("num_cells", num_cells), ("num_steps", num_steps), ("channels", channels)):
             if value < 1:
@@ -66,6 +72,8 @@ class FusionSpace:
             raise InputError(
                 f"search_space.head_cells must be between 1 and num_cells = {num_cells}, got {head_cells}"
             )
+        if temperature <= 0:
+            raise InputError(f"search_space.temperature must be positive, got {temperature:g}")
         self.settings: dict[str, Any] = {
             "num_cells": num_cells,
             "num_steps": num_steps,
@@ -77,12 +85,16 @@ class FusionSpace:
             "attention_dropout": attention_dropout,
             "protocol": protocol,
             "pairing": pairing,
+            "relaxation": relaxation,
+            "temperature": temperature,
         }
         self.num_cells, self.num_steps = num_cells, num_steps
         self.channels, self.length, self.dropout = channels, length, dropout
         self.cell_outputs = cell_outputs
         self.head_cells = head_cells or num_cells
         self.protocol, self.pairing = protocol, pairing
+        self.relaxation: Relaxation = relaxation
+        self.temperature = temperature
         self.ops: dict[str, Callable[[], StepOp]] = step_ops(
             protocol, channels, length, dropout, attention_dropout
         )

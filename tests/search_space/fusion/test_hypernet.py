@@ -17,7 +17,7 @@ MODES = [(True, torch.float64), (False, torch.float64), (True, torch.float32)]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def drawn_sizes(seed, protocol, pairing):
+def drawn_sizes(seed, protocol, pairing, relaxation="softmax"):
     """A space, its inputs and a batch size, all drawn; a BatchNorm has at least two values a channel."""
     draw = random.Random(seed)
     length = draw.choice([1, 4, 9])
@@ -33,6 +33,7 @@ def drawn_sizes(seed, protocol, pairing):
         head_cells=draw.randint(1, num_cells),
         protocol=protocol,
         pairing=pairing,
+        relaxation=relaxation,
     )
     inputs = {
         f"image.{k}": InputInfo((draw.randint(1, 6), draw.choice([1, length])), "image")
@@ -109,9 +110,11 @@ def compare(network, run_reference, features, generator, dtype, genotype=None):
 @pytest.mark.parametrize(("training", "dtype"), MODES, ids=["train", "eval", "train_float32"])
 @pytest.mark.parametrize("pairing", PAIRINGS)
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("seed", range(5))
-def test_hypernet_is_the_reference(seed, protocol, pairing, training, dtype, generator):
-    space, inputs, batch = drawn_sizes(seed, protocol, pairing)
+@pytest.mark.parametrize(
+    ("seed", "relaxation"), [*((seed, "softmax") for seed in range(5)), (0, "sigmoid"), (3, "sigmoid")]
+)
+def test_hypernet_is_the_reference(seed, relaxation, protocol, pairing, training, dtype, generator):
+    space, inputs, batch = drawn_sizes(seed, protocol, pairing, relaxation)
     network = scramble(space.hypernet(inputs).double(), generator).train(training)
     compare(
         network,
@@ -121,6 +124,7 @@ def test_hypernet_is_the_reference(seed, protocol, pairing, training, dtype, gen
             num_cells=space.num_cells,
             num_steps=space.num_steps,
             pairing=pairing,
+            relaxation=relaxation,
             training=training,
             **sizes_of(space),
         ),
@@ -146,6 +150,28 @@ def test_found_network_is_the_reference(seed, protocol, training, dtype, generat
         dtype,
         genotype,
     )
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_gumbel_draws_in_training_and_shows_its_mode(pairing, generator):
+    space, inputs, batch = drawn_sizes(3, "released_code", pairing, "gumbel")
+    plain, _, _ = drawn_sizes(3, "released_code", pairing)
+    network = scramble(space.hypernet(inputs).double(), generator)
+    features = features_of(inputs, batch, generator)
+
+    def embedding(seed):
+        torch.manual_seed(seed)
+        return network(features).embedding
+
+    assert torch.equal(embedding(1), embedding(1))
+    assert not torch.allclose(embedding(1), embedding(2))
+    softmax = plain.hypernet(inputs).double()
+    softmax.load_state_dict(network.state_dict())
+    for name, weights in softmax.mixing().items():
+        assert torch.equal(network.mixing()[name], weights)
+    assert network.derive() == softmax.derive()
+    network.eval(), softmax.eval()
+    assert torch.equal(embedding(1), softmax(features).embedding)
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
