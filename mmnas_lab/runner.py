@@ -197,6 +197,7 @@ def assemble(
         "label_free": experiment.data.backbone.label_free and label_free_search,
         "genotype": found.genotype.to_json() if found else None,
         "margins": json.loads((search.folder / "margins.json").read_text()) if search else {},
+        "benchmark": _benchmark(experiment, found),
         "metrics": found.metrics if found else {},
         "baselines": baselines,
         "selection": selection,
@@ -207,6 +208,12 @@ def assemble(
         "timing": record.timing(results),
         "environment": record.environment(record.command_line()),
     }
+
+
+def _benchmark(experiment: Experiment, found: Found | None) -> dict[str, float]:
+    """What a tabular benchmark says of the found genotype, where the space has one."""
+    look_up = getattr(experiment.space, "benchmark", None)
+    return look_up(found.genotype) if look_up is not None and found is not None else {}
 
 
 def flops(experiment: Experiment, found: Found) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from mmnas_lab.search_space.base import Choice, Network
+from mmnas_lab.search_space.cnn_cells.bench_201 import Bench201Table
 from mmnas_lab.search_space.cnn_cells.derivation import Derivation
 from mmnas_lab.search_space.cnn_cells.found_network import DropPathOn, FoundNetwork
 from mmnas_lab.search_space.cnn_cells.genotype import (
@@ -56,6 +58,7 @@ class CnnCellSpace:
         auxiliary: give the found network the auxiliary tower, for an objective that reads its tap.
         drop_path: of the found network.
         drop_path_on: `edges` as in DARTS, `nodes` as in FairDARTS.
+        table: converted table of NAS-Bench-201, to which the cell that a search of its space found is held.
     """
 
     name = "cnn_cells"
@@ -80,6 +83,7 @@ class CnnCellSpace:
         auxiliary: bool = False,
         drop_path: float = 0.2,
         drop_path_on: DropPathOn = "edges",
+        table: str | None = None,
     ) -> None:
         bench, large = vocabulary == "nas_bench_201", stem == "imagenet"
         self.vocabulary: Vocabulary = vocabulary
@@ -126,6 +130,13 @@ class CnnCellSpace:
                 "nas_bench_201 has no partial channels, ImageNet stem or auxiliary tower; set "
                 "search_space.partial_channels=1, search_space.stem=cifar and search_space.auxiliary=false"
             )
+
+        if table is not None and not bench:
+            raise InputError(
+                "search_space.table is of NAS-Bench-201's cells; set search_space.vocabulary=nas_bench_201, "
+                "or leave the table out"
+            )
+        self.table = Bench201Table(Path(table)) if table is not None else None
 
     # Parts, as the supernet and the found network ask for them.
 
@@ -211,6 +222,10 @@ class CnnCellSpace:
     def fixed(self, name: str, inputs: InputInfos) -> CnnGenotype:
         """A published genotype by its name. Raises InputError."""
         return self.published(name)
+
+    def benchmark(self, genotype: CnnGenotype) -> dict[str, float]:
+        """What the table of a tabular benchmark says of a cell; empty without a table."""
+        return self.table.look_up(genotype) if self.table is not None else {}
 
     def published(self, name: str) -> CnnGenotype:
         """A published genotype by its name, or NAS-Bench-201's by its string. Raises InputError."""
