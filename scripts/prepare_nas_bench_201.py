@@ -2,7 +2,7 @@
 
     python scripts/prepare_nas_bench_201.py NAS-Bench-201-v1_1-096897.pth data/nas_bench_201.parquet
 
-Then a search with search_space.vocabulary=nas_bench_201 and search_space.table=data/nas_bench_201.parquet writes
+Then a search with search_space.vocabulary=nas_bench_201 and search_space.table=<the parquet file> writes
 what the table says of its cell into the record, as `benchmark`.
 
 The file is read as data alone: what it names to be run is refused. It needs memory for its 4.7 GB.
