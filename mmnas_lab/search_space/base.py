@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mmnas_lab.types import InputInfos, Inputs, Output, OutputInfo
+from mmnas_lab.types import InputError, InputInfos, Inputs, Output, OutputInfo
 
 
 class Genotype(Protocol):
@@ -58,6 +58,7 @@ class Hypernet(Network):
 
     arch: nn.ParameterDict
     _weights_only: bool = False
+    _pinned: dict[str, Tensor] | None = None
 
     @abstractmethod
     def mixing(self) -> dict[str, Tensor]:
@@ -87,6 +88,28 @@ class Hypernet(Network):
             yield
         finally:
             self._weights_only = False
+
+    def one_hot(self, genotype: Any) -> dict[str, Tensor]:
+        """Mixing weights by name that leave one genotype: 1 for what it holds, 0 for all else.
+
+        Raises:
+            InputError: the hypernet cannot stand for single genotypes.
+        """
+        raise InputError(f"{type(self).__name__} cannot stand for single genotypes")
+
+    @contextmanager
+    def pinned(self, genotype: Any) -> Iterator[None]:
+        """Within it the hypernet is one of its networks, with the weights that all share.
+
+        Raises:
+            InputError: the hypernet cannot stand for single genotypes.
+        """
+        device = next(iter(self.arch.values())).device
+        self._pinned = {name: weights.to(device) for name, weights in self.one_hot(genotype).items()}
+        try:
+            yield
+        finally:
+            self._pinned = None
 
     def logits(self, name: str) -> Tensor:
         """An architecture logit tensor, detached in the weight half-step."""

@@ -55,7 +55,12 @@ class MixedCell(nn.Module):
         )
 
     def forward(
-        self, inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None, drop_path: float
+        self,
+        inputs: Sequence[Tensor],
+        weights: Tensor,
+        edge_weights: Tensor | None,
+        drop_path: float,
+        sparse: bool = False,
     ) -> list[Tensor]:
         """The nodes.
 
@@ -64,6 +69,7 @@ class MixedCell(nn.Module):
             weights: (E, K) mixing weights.
             edge_weights: (E,) weights of the edges (PC-DARTS eq. 4); None for 1.
             drop_path: probability with which a sample loses an edge, in training.
+            sparse: many weights are 0, and operations that have no other are not computed.
         """
         states = list(inputs)
         terms: list[list[Tensor]] = [[] for _ in range(self.num_nodes)]
@@ -74,7 +80,7 @@ class MixedCell(nn.Module):
         for j, (fan, leaving) in enumerate(zip(fans, self.leaving, strict=True)):
             x = states[j]
             active = x[:, : x.shape[1] // self.partial]
-            parts = fan(active, weights[leaving])
+            parts = fan(active, weights[leaving], sparse)
             first = self.num_nodes - len(leaving)  # the first node that reads state j
             others = None
             if self.partial > 1:

@@ -210,7 +210,7 @@ class Fan(nn.Module):
         self, edge_ops: Sequence[tuple[str, ...]], make: dict[str, MakeOp], channels: int, stride: int
     ) -> None:
         super().__init__()
-        self.num_edges = len(edge_ops)
+        self.num_edges, self.stride = len(edge_ops), stride
         names = list(dict.fromkeys(name for ops in edge_ops for name in ops if name != "none"))
         self.edges_of = {
             name: [(e, ops.index(name)) for e, ops in enumerate(edge_ops) if name in ops] for name in names
@@ -219,24 +219,40 @@ class Fan(nn.Module):
         self.own = nn.ModuleDict({name: op for name, op in ops.items() if isinstance(op, EdgeOps)})
         self.shared = nn.ModuleDict({name: op for name, op in ops.items() if isinstance(op, SharedOp)})
 
-    def forward(self, x: Tensor, weights: Tensor) -> list[Tensor]:
-        """The mixed operation of each edge, a list of (B, C, H / stride, W / stride); `weights` (n, K)."""
+    def forward(self, x: Tensor, weights: Tensor, sparse: bool = False) -> list[Tensor]:
+        """The mixed operation of each edge, a list of (B, C, H / stride, W / stride).
+
+        Args:
+            x: (B, C, H, W) state.
+            weights: (n, K).
+            sparse: leave out operations whose weights are all 0.
+        """
         state, terms = State(x), [list[Tensor]() for _ in range(self.num_edges)]
+        unused = self._unused(weights) if sparse else set()
         joint: dict[tuple[int, ...], Tensor] = {}  # sums of operations that are on the same edges
         for name, op in self.own.items():
+            if name in unused:
+                continue
             edges = tuple(e for e, _ in self.edges_of[name])
             h = op(state, self._pick(weights, name))
             joint[edges] = joint[edges].add_(h) if edges in joint else h
         for edges, h in joint.items():
             for e, part in zip(edges, h.chunk(len(edges), 1), strict=True):
                 terms[e].append(part)
-        if self.shared:
-            edges = tuple(sorted({e for name in self.shared for e, _ in self.edges_of[name]}))
-            columns = [self._column(weights, name, edges) for name in self.shared]
-            mixed = mixtures(torch.stack(columns, 1), [op(state) for op in self.shared.values()])
+        shared = {name: op for name, op in self.shared.items() if name not in unused}
+        if shared:
+            edges = tuple(sorted({e for name in shared for e, _ in self.edges_of[name]}))
+            columns = [self._column(weights, name, edges) for name in shared]
+            mixed = mixtures(torch.stack(columns, 1), [op(state) for op in shared.values()])
             for e, part in zip(edges, mixed, strict=True):
                 terms[e].append(part)
-        return [total(parts) for parts in terms]
+        nothing = [x[:, :, :: self.stride, :: self.stride].detach() * 0] if sparse else []
+        return [total(parts or nothing) for parts in terms]
+
+    def _unused(self, weights: Tensor) -> set[str]:
+        """Operations whose weights are 0 on all edges."""
+        counted = weights.detach().ne(0).cpu()
+        return {name for name, edges in self.edges_of.items() if not any(counted[e, k] for e, k in edges)}
 
     def _pick(self, weights: Tensor, name: str) -> Tensor:
         """The weights (n,) of an operation on the edges that have it."""

@@ -38,9 +38,14 @@ class DartsCell(nn.Module):
         self.mixed = mixed
 
     def forward(
-        self, inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None, drop_path: float
+        self,
+        inputs: Sequence[Tensor],
+        weights: Tensor,
+        edge_weights: Tensor | None,
+        drop_path: float,
+        sparse: bool = False,
     ) -> Tensor:
-        return torch.cat(self.mixed(self.preprocess(*inputs), weights, edge_weights, drop_path), 1)
+        return torch.cat(self.mixed(self.preprocess(*inputs), weights, edge_weights, drop_path, sparse), 1)
 
 
 class Bench201Cell(nn.Module):
@@ -51,9 +56,14 @@ class Bench201Cell(nn.Module):
         self.mixed = mixed
 
     def forward(
-        self, inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None, drop_path: float
+        self,
+        inputs: Sequence[Tensor],
+        weights: Tensor,
+        edge_weights: Tensor | None,
+        drop_path: float,
+        sparse: bool = False,
     ) -> Tensor:
-        return self.mixed(inputs, weights, edge_weights, drop_path)[-1]
+        return self.mixed(inputs, weights, edge_weights, drop_path, sparse)[-1]
 
 
 class CnnSupernet(Hypernet):
@@ -127,7 +137,7 @@ class CnnSupernet(Hypernet):
         edge_weights = {kind: self._edge_weights(kind) for kind in self.edge_ops}
 
         def run(kind: str, cell: nn.Module, states: Sequence[Tensor]) -> Tensor:
-            return cell(states, weights[kind], edge_weights[kind], self.drop_path)
+            return cell(states, weights[kind], edge_weights[kind], self.drop_path, self._pinned is not None)
 
         image = masked_image(inputs[self.image], present, self.modality)
         output, _ = self.skeleton(in_layout(image, self.widths), run)
@@ -135,6 +145,8 @@ class CnnSupernet(Hypernet):
 
     def _weights(self, kind: str) -> Tensor:
         """(E, K) mixing weights of this forward; noisy in a Gumbel training step."""
+        if self._pinned is not None:
+            return self._pinned[f"alpha_{kind}"]
         logits = self.logits(f"alpha_{kind}")
         noise = gumbel_noise(logits) if self.relaxation == "gumbel" and self.training else None
         return relax(logits, self.relaxation, noise, self.temperature)
@@ -143,6 +155,8 @@ class CnnSupernet(Hypernet):
         """(E,) softmax over the edges into each node (PC-DARTS eq. 4); None without partial channels."""
         if self.partial == 1:
             return None
+        if self._pinned is not None:
+            return self._pinned[f"beta_{kind}"]
         return self._per_node(self.logits(f"beta_{kind}"))
 
     def _per_node(self, beta: Tensor) -> Tensor:
@@ -172,6 +186,22 @@ class CnnSupernet(Hypernet):
                 ]
             )
         return names
+
+    def one_hot(self, genotype: CnnGenotype) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for kind, ops in self.edge_ops.items():
+            weights = torch.zeros_like(self.arch[f"alpha_{kind}"], device="cpu")
+            used = torch.zeros(len(ops), dtype=weights.dtype)
+            for target, node in enumerate(genotype.cell(kind).nodes, self.num_inputs):
+                for edge in node:
+                    e = self.edges.index((edge.input, target))
+                    used[e] = 1
+                    if edge.op != "none":
+                        weights[e, ops[e].index(edge.op)] = 1
+            found[f"alpha_{kind}"] = weights
+            if self.partial > 1:
+                found[f"beta_{kind}"] = used
+        return found
 
     def monitors(self, genotype: CnnGenotype) -> dict[str, float]:
         """Skip connections of each kind of cell, as `skips_<kind>`."""

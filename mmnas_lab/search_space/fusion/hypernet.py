@@ -25,8 +25,9 @@ from mmnas_lab.search_space.fusion.derivation import (
     edge_slices,
     inner_slices,
 )
+from mmnas_lab.search_space.fusion.genotype import FusionGenotype
 from mmnas_lab.search_space.relaxation import gumbel_noise, relax
-from mmnas_lab.types import InputInfos, Inputs, Output, OutputInfo
+from mmnas_lab.types import InputError, InputInfos, Inputs, Output, OutputInfo
 
 if TYPE_CHECKING:
     from mmnas_lab.search_space.fusion.space import FusionSpace
@@ -70,6 +71,18 @@ class FusionHypernet(Hypernet):
             {f"cell.{i}": (space.channels, space.length) for i in range(self.num_cells)},
         )
 
+    def one_hot(self, genotype: FusionGenotype) -> dict[str, Tensor]:
+        raise InputError(
+            "the shared hypernet has one mixture for both inputs of a cell, so it cannot stand for single "
+            "genotypes; set search_space.pairing=distinct"
+        )
+
+    def _weights(self, name: str) -> Tensor:
+        """The weights of this forward of a logit tensor whose last dimension is one choice."""
+        if self._pinned is not None:
+            return self._pinned[name]
+        return self.relaxed(self.logits(name), sampled=True)
+
     def relaxed(self, logits: Tensor, sampled: bool = False) -> Tensor:
         """Weights of the options in the last dimension; drawn in a training step if `sampled`."""
         noisy = sampled and self.training and self.relaxation == "gumbel"
@@ -108,7 +121,7 @@ class FusionHypernet(Hypernet):
             ]
         )  # (n, B, L, C)
         feature_weights, cell_weights, step_operands = self.operands()
-        gamma = self.relaxed(self.logits("gamma"), sampled=True)  # (N, M, K)
+        gamma = self._weights("gamma")  # (N, M, K)
         mixtures = (feature_weights @ h.flatten(1)).view(-1, *h.shape[1:]).unbind()  # S of (B, L, C)
 
         per_cell = len(mixtures) // self.num_cells
@@ -159,8 +172,7 @@ class SharedHypernet(FusionHypernet):
     def operands(
         self,
     ) -> tuple[Tensor, Tensor, Callable[[int, int, Sequence[Tensor]], tuple[Tensor, Tensor]]]:
-        alpha = self.relaxed(self.logits("alpha"), sampled=True)[:, 1]  # (E,)
-        beta = self.relaxed(self.logits("beta"), sampled=True)[..., 1]  # (N, I)
+        alpha, beta = self._weights("alpha")[:, 1], self._weights("beta")[..., 1]  # (E,), (N, I)
         n = len(self.features)
         by_cell = [alpha[edges] for edges in self.edges]
         feature_weights = torch.stack([a[:n] for a in by_cell])
@@ -205,6 +217,18 @@ class DistinctHypernet(FusionHypernet):
     def mixing(self) -> dict[str, Tensor]:
         return {**self._mixtures(sampled=False), "gamma": self.relaxed(self.logits("gamma"))}
 
+    def one_hot(self, genotype: FusionGenotype) -> dict[str, Tensor]:
+        found = {name: torch.zeros_like(logits, device="cpu") for name, logits in self.arch.items()}
+        for i, cell in enumerate(genotype.cells):
+            names = self._candidates(i)
+            for port, name in enumerate(cell.inputs):
+                found["alpha"][port, self.edges[i]][names.index(name)] = 1
+            for m, step in enumerate(cell.steps):
+                for operand, state in enumerate(step.inputs):
+                    found["beta"][i, operand, self.inner[m]][state] = 1
+                found["gamma"][i, m, self.ops.index(step.op)] = 1
+        return found
+
     def _mixtures(self, sampled: bool) -> dict[str, Tensor]:
         alpha, beta = self.logits("alpha"), self.logits("beta")
         return {
@@ -231,7 +255,7 @@ class DistinctHypernet(FusionHypernet):
     def operands(
         self,
     ) -> tuple[Tensor, Tensor, Callable[[int, int, Sequence[Tensor]], tuple[Tensor, Tensor]]]:
-        mixtures = self._mixtures(sampled=True)
+        mixtures = self._mixtures(sampled=True) if self._pinned is None else self._pinned
         alpha, beta = mixtures["alpha"], mixtures["beta"]
         n = len(self.features)
         by_cell = [alpha[:, edges] for edges in self.edges]

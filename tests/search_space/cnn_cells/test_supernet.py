@@ -307,3 +307,49 @@ def test_skip_connections_are_counted_and_warned_of(skips):
     assert (alarm is not None) == (skips > 4)
     if alarm:
         assert f"{skips} of its 8" in alarm
+
+
+PINNED = {
+    "fairdarts": {"vocabulary": "fairdarts", "num_nodes": 3},
+    "darts": {"num_nodes": 3},
+    "partial": {"num_nodes": 2, "partial_channels": 2, "channels": 8},
+    "s1": {"vocabulary": "s1"},
+    "nas_bench_201": {"vocabulary": "nas_bench_201", "num_cells": 5},
+}
+
+
+@pytest.mark.parametrize("case", PINNED)
+def test_a_pinned_supernet_weighs_one_genotype_alone(case, generator):
+    """As with these weights in place of the relaxed ones, where every operation is computed."""
+    space = CnnCellSpace(**{"num_cells": 3, "channels": 4, **PINNED[case]})
+    torch.manual_seed(1)
+    network = space.hypernet(IMAGE).double().eval()
+    genotype = space.sample(IMAGE, generator)
+    image = {"image": torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=generator)}
+    weights = network.one_hot(genotype)
+    relaxed = {name: value.double() for name, value in weights.items()}
+    network._weights = lambda kind: relaxed[f"alpha_{kind}"]
+    network._edge_weights = lambda kind: relaxed.get(f"beta_{kind}")
+    dense = network(image).embedding
+    del network._weights, network._edge_weights
+    with network.pinned(genotype):
+        pinned = network(image).embedding
+    torch.testing.assert_close(pinned, dense, rtol=1e-10, atol=1e-12)
+    for cell in genotype.cells:
+        ops = {edge.op for node in cell.nodes for edge in node} - {"none"}
+        count = sum(edge.op != "none" for node in cell.nodes for edge in node)
+        assert int(weights[f"alpha_{cell.kind}"].sum()) == count
+        assert ops or case == "nas_bench_201"
+
+
+def test_a_pinned_step_moves_the_operations_of_its_genotype_alone(generator):
+    space = CnnCellSpace(num_cells=3, channels=4, vocabulary="fairdarts", num_nodes=2)
+    network = space.hypernet(IMAGE)
+    image = {"image": torch.randn(3, 3, 8, 8, generator=generator)}
+    with network.pinned(space.sample(IMAGE, generator)):
+        network(image).embedding.sum().backward()
+    trained = [name for name, parameter in network.named_parameters() if parameter.grad is not None]
+    left = [name for name, parameter in network.named_parameters() if parameter.grad is None]
+    assert any(".own." in name for name in trained)
+    assert any(".own." in name for name in left)
+    assert {name for name in left if name.startswith("arch.")} == {f"arch.{name}" for name in network.arch}

@@ -9,7 +9,7 @@ from reference_names import named, reference_tensors, scramble
 
 from benchmarks.plain_hypernet import PlainHypernet
 from mmnas_lab.search_space.fusion.space import FusionSpace
-from mmnas_lab.types import InputInfo
+from mmnas_lab.types import InputError, InputInfo
 
 PROTOCOLS = ["released_code", "paper"]
 PAIRINGS = ["shared", "distinct"]
@@ -290,3 +290,34 @@ def test_mixing_weights_have_a_name_each(pairing):
     for key, weights in mixing.items():
         assert len(names[key]) == len(set(names[key])) == weights.numel()
     assert network.info.embedding == space.head_cells * space.channels * space.length
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pinned_hypernet_is_its_found_network(seed, protocol, generator):
+    space, inputs, batch = drawn_sizes(seed, protocol, "distinct")
+    genotype = space.sample(inputs, generator)
+    hypernet = scramble(space.hypernet(inputs).double(), generator)
+    found = space.build(genotype, inputs).double()
+    ours, theirs = named(found, genotype), named(hypernet)
+    with torch.no_grad():
+        for name, (tensor, _) in ours.items():
+            tensor.copy_(theirs[name][0])
+    features = features_of(inputs, batch, generator)
+    mixed = hypernet(features).embedding
+    with hypernet.pinned(genotype):
+        pinned = hypernet(features).embedding
+        assert (
+            torch.autograd.grad(pinned.sum(), list(hypernet.arch.values()), allow_unused=True) == (None,) * 3
+        )
+    torch.testing.assert_close(pinned, found(features).embedding, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(hypernet(features).embedding, mixed)
+
+
+def test_one_mixture_cannot_stand_for_single_genotypes(generator):
+    space, inputs, _ = drawn_sizes(3, "released_code", "shared")
+    with (
+        pytest.raises(InputError, match="pairing=distinct"),
+        space.hypernet(inputs).pinned(space.sample(inputs, generator)),
+    ):
+        pass
