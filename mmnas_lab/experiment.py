@@ -25,6 +25,7 @@ from mmnas_lab.config import Config
 from mmnas_lab.data import Data
 from mmnas_lab.dataset.long_tail import LongTail
 from mmnas_lab.dataset.split import halves
+from mmnas_lab.fits import refuse_unfit
 from mmnas_lab.loader import Batches, DrawMixed, FixedBatches, JoinedSource, Source, draw_clean, draw_pairs
 from mmnas_lab.objective.base import Needs, Objective, Scored, Weighted, union
 from mmnas_lab.randomness import seed_of
@@ -75,14 +76,10 @@ class Experiment:
         self._refuse_batches_larger_than_the_data()
 
     def _refuse_what_does_not_fit(self) -> None:
-        if self.strategy.needs_hypernet and not hasattr(self.space, "hypernet"):
-            raise InputError(
-                f"strategy={self.strategy.name} needs a space with a hypernet, and '{self.space.name}' "
-                "has none; choose strategy=random or strategy=fixed"
-            )
+        refuse_unfit(self.strategy, self.config.objective, self.space)
         if self.config.pretrain.epochs and self.objective_needs(self.config.pretrain.objective).labels:
             raise InputError("pretrain.objective must be label-free, nt_xent for instance")
-        if self.config.search.regularisers and not self.strategy.needs_hypernet:
+        if self.config.search.regularisers and not self.strategy.regularised:
             raise InputError(
                 f"search.regularisers penalise mixing weights, and strategy={self.strategy.name} has none; "
                 "choose strategy=bilevel, or leave them out"

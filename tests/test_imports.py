@@ -28,6 +28,7 @@ ORDER = [
     "study_rows",
     "report",
     "data",
+    "fits",
     "experiment",
     "baselines",
     "predict",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,6 +35,11 @@ class Objective(nn.Module, ABC):
 
     needs: Needs
     selects: tuple[str, Literal["min", "max"]]
+
+    @classmethod
+    def unfit(cls, space: Any, settings: Mapping[str, Any]) -> str | None:
+        """Why it cannot drive a search of that space with these settings; None where it can."""
+        return None
 
     @abstractmethod
     def forward(self, run: Run, batch: Batch, half: Half = "weights") -> Losses:

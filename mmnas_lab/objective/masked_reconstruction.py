@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,16 @@ class MaskedReconstruction(Objective):
             errors.append((units.split(output[name]) - truth).square().mean(-1))
         error, mask = torch.cat(errors, 1), torch.cat(list(masks.values()), 1)  # (B, U)
         return error.mean() if self.loss_on == "all" else (error * mask).sum() / mask.sum()
+
+    @classmethod
+    def unfit(cls, space: Any, settings: Mapping[str, Any]) -> str | None:
+        patches = settings.get("unit", "patch") == "patch" and settings.get("patch", 4) > 1
+        if space.length is not None and patches:
+            return (
+                f"objective.patch={settings.get('patch', 4)} hides patches of pictures, and search space "
+                f"'{space.name}' reads pooled features"
+            )
+        return None
 
     def forward(self, run: Run, batch: Batch, half: Half = "weights") -> Losses:
         inputs = batch.views[0]

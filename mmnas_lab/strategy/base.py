@@ -69,11 +69,18 @@ class SearchResult:
 
 
 class Strategy(Protocol):
-    """A way to search."""
+    """A way to search.
+
+    Attributes:
+        space_needs: methods of the search space that it calls, besides `parse` and `build`.
+        needs_data: whether it reads samples.
+        regularised: whether regularisers of the mixing weights play a part.
+    """
 
     name: str
-    needs_hypernet: bool
+    space_needs: tuple[str, ...]
     needs_data: bool
+    regularised: bool
 
     def search(self, problem: Problem, folder: Path) -> SearchResult:
         """Find a genotype; save points go into `folder`, and are taken up again from there."""

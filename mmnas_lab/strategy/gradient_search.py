@@ -268,7 +268,7 @@ class SearchModule(Fit):
             None if labels is None else labels[:SNAPSHOT_SAMPLES],
         )
         shown = self.scored.objective.snapshot(self.network, few)
-        self.snapshots |= {f"{epoch}/{name}": tensor.cpu() for name, tensor in shown.items()}
+        self.snapshots |= {f"{epoch}/{name}": tensor.cpu().contiguous() for name, tensor in shown.items()}
 
     @torch.no_grad()
     def _mixing(self) -> dict[str, Tensor]:
@@ -325,8 +325,8 @@ class Bilevel:
     """
 
     name = "bilevel"
-    needs_hypernet = True
-    needs_data = True
+    space_needs = ("hypernet",)
+    needs_data, regularised = True, True
     module: type[SearchModule] = SearchModule
 
     def __init__(

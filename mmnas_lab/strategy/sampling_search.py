@@ -28,8 +28,8 @@ class Fixed:
     """
 
     name = "fixed"
-    needs_hypernet = False
-    needs_data = False
+    space_needs = ()
+    needs_data, regularised = False, False
 
     def __init__(self, genotype: str) -> None:
         path = Path(genotype)
@@ -74,8 +74,8 @@ class Random:
     """
 
     name = "random"
-    needs_hypernet = False
-    needs_data = True
+    space_needs = ("sample",)
+    needs_data, regularised = True, False
 
     def __init__(self, draws: int = 8, epochs: int = 10, seconds: float | None = None) -> None:
         if draws < 1 or epochs < 1:

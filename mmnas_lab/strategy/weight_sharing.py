@@ -61,7 +61,7 @@ class WeightSharingModule(Fit):
     def configure_optimizers(self) -> Any:
         arch = {id(parameter) for parameter in self.network.arch.values()}
         weights = [parameter for parameter in self.scored.parameters() if id(parameter) not in arch]
-        optimizer = make_optimizer(weights, self.settings.optimizer)
+        optimizer = make_optimizer(weights, self.settings.optimizer, fused=False)
         schedule = make_schedule(optimizer, self.settings, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -102,8 +102,8 @@ class WeightSharing:
     """
 
     name = "weight_sharing"
-    needs_hypernet = True
-    needs_data = True
+    space_needs = ("hypernet", "sample")
+    needs_data, regularised = True, False
 
     def __init__(self, draws: int = 200) -> None:
         if draws < 1:

@@ -1,0 +1,63 @@
+"""What fits what: the README's table is the code's, what it marks takes steps, and the rest is refused."""
+
+from pathlib import Path
+
+import pytest
+from cli_support import TINY, one_message, run, succeed
+from test_cells import write
+
+from mmnas_lab.fits import nodes, objective_unfit, strategies, strategy_unfit, table
+from mmnas_lab.search_space.cnn_cells.space import CnnCellSpace
+from mmnas_lab.search_space.fusion.space import FusionSpace
+
+ROOT = Path(__file__).resolve().parent.parent
+SPACES = {"fusion": FusionSpace, "cnn_cells": CnnCellSpace}
+STRATEGIES, OBJECTIVES = strategies(), nodes("objective")
+STRATEGY_PAIRS = [(strategy, space) for strategy in STRATEGIES for space in SPACES if strategy != "fixed"]
+OBJECTIVE_PAIRS = [(objective, space) for objective in OBJECTIVES for space in SPACES]
+SMALL = {
+    "random": ["strategy.draws=1", "strategy.epochs=2"],
+    "weight_sharing": ["strategy.draws=2"],
+    "darts_es": ["strategy.early_stop.every=1"],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fits")
+    write(folder / "cifar")
+    return folder
+
+
+def arguments(space):
+    """A search of two epochs at smoke scale."""
+    if space == "cnn_cells":
+        experiment = ["experiment=darts_cifar10", "scale=smoke", "dataset.path=cifar", "trainer.threads=1"]
+        return [*experiment, "search.batch_size=30", "stages=[features,search]"]
+    return [*TINY, "stages=[features,search]"]
+
+
+def test_the_readme_has_the_table():
+    assert table() in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("strategy", "space"), STRATEGY_PAIRS)
+def test_a_strategy_searches_the_spaces_that_it_fits_and_no_other(strategy, space, place):
+    command = [*arguments(space), f"strategy={strategy}", *SMALL.get(strategy, [])]
+    if strategy_unfit(STRATEGIES[strategy], SPACES[space]()) is None:
+        succeed(*command, cwd=place)
+        return
+    message = one_message(run(*command, cwd=place))
+    fitting = [name for name, one in STRATEGIES.items() if strategy_unfit(one, SPACES[space]()) is None]
+    assert all(name in message for name in fitting)
+
+
+@pytest.mark.parametrize(("objective", "space"), OBJECTIVE_PAIRS)
+def test_an_objective_drives_searches_of_the_spaces_that_it_fits_and_no_other(objective, space, place):
+    command = [*arguments(space), f"objective={objective}"]
+    if objective_unfit(OBJECTIVES[objective], SPACES[space]()) is None:
+        succeed(*command, cwd=place)
+        return
+    message = one_message(run(*command, cwd=place))
+    fitting = [name for name, node in OBJECTIVES.items() if objective_unfit(node, SPACES[space]()) is None]
+    assert all(name in message for name in fitting)
