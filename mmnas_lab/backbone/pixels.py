@@ -70,7 +70,7 @@ class Pixels:
             chunks = progress(chunks, "features", len(list(chunks)))
         arrays: dict[Split, NDArray[np.uint8]] = {}
         for split, chunk in chunks:
-            pictures = [self._sized(picture) for picture in dataset.read(split, name, chunk)]
+            pictures = [self.sized(picture) for picture in dataset.read(split, name, chunk)]
             for row, picture in zip(chunk, pictures, strict=True):
                 shape = picture.shape[1:] if shape is None else shape
                 if picture.shape[1:] != shape:
@@ -110,8 +110,8 @@ class Pixels:
         }
         (folder / LAYOUT_FILE).write_text(json.dumps(layout))
 
-    def _sized(self, picture: Image.Image) -> NDArray[np.uint8]:
-        """(3, H, W)."""
+    def sized(self, picture: Image.Image) -> NDArray[np.uint8]:
+        """(3, H, W) values of a picture in the size of all."""
         if self.size is not None and picture.size != (self.size, self.size):
             scale = self.size / min(picture.size)
             width, height = (max(self.size, round(side * scale)) for side in picture.size)
