@@ -44,6 +44,9 @@ class Objective(nn.Module, ABC):
     def evaluate(self, run: Run, batches: Iterable[Batch]) -> dict[str, float]:
         """Quantities over all batches in eval mode, equal on all ranks; `loss` is one of them."""
 
+    def at_epoch(self, epoch: int, epochs: int) -> None:
+        """Called as an epoch begins, counted from 0: weights that grow over the epochs are set here."""
+
 
 Regulariser = Callable[[dict[str, Tensor]], Tensor]
 """A () penalty of a hypernet's mixing weights by name (`Hypernet.mixing`)."""
