@@ -34,9 +34,9 @@ class MixerSpace:
     gives (B, D), (B, N, D) or (B, D, H, W).
 
     Args:
-        encoders: by the kind of a modality, candidates by name.
+        encoders: by the kind of a modality, candidates by name; one that is null is left out.
         fusion_functions: names of the functions that join the tokens of all modalities.
-        fusion_networks: candidates by name; they read fused tokens (N, D), of kind `fused`.
+        fusion_networks: candidates by name, likewise; they read fused tokens (N, D), of kind `fused`.
         width: D of encoders.
         fusion_width: D of the fused tokens; null for the widest encoder's.
         dropout: of encoders and fusion networks.
@@ -48,9 +48,9 @@ class MixerSpace:
 
     def __init__(
         self,
-        encoders: dict[str, dict[str, Node]],
+        encoders: dict[str, dict[str, Node | None]],
         fusion_functions: list[FusionName],
-        fusion_networks: dict[str, Node],
+        fusion_networks: dict[str, Node | None],
         width: int = 128,
         fusion_width: int | None = None,
         dropout: float = 0.1,
@@ -61,11 +61,13 @@ class MixerSpace:
                 raise InputError(f"search_space.{name} must be at least 1, got {value}")
         if not 0 <= dropout < 1:
             raise InputError(f"search_space.dropout must be in [0, 1), got {dropout:g}")
-        for kind, candidates in encoders.items():
+        for kind in encoders:
             if kind not in KINDS:
                 raise InputError(f"search_space.encoders has no kind '{kind}'; {near(kind, KINDS)}")
-            _check_candidates(candidates, f"search_space.encoders.{kind}")
-        _check_candidates(fusion_networks, "search_space.fusion_networks")
+        self.encoders = {
+            kind: _candidates(nodes, f"search_space.encoders.{kind}") for kind, nodes in encoders.items()
+        }
+        self.fusion_networks = _candidates(fusion_networks, "search_space.fusion_networks")
         for function in fusion_functions:
             if function not in FUSION_NAMES:
                 raise InputError(
@@ -76,7 +78,6 @@ class MixerSpace:
                 f"search_space.fusion_functions names different functions, at least one, got "
                 f"{list(fusion_functions)}"
             )
-        self.encoders, self.fusion_networks = encoders, fusion_networks
         self.fusion_functions = tuple(fusion_functions)
         self.width, self.fusion_width = width, fusion_width
         self.dropout, self.protocol = dropout, protocol
@@ -241,11 +242,13 @@ class MixerSpace:
         return genotype
 
 
-def _check_candidates(candidates: Mapping[str, Node], path: str) -> None:
-    """Refuse an empty vocabulary and nodes that cannot be built. Raises InputError."""
-    if not candidates:
+def _candidates(nodes: Mapping[str, Node | None], path: str) -> dict[str, Node]:
+    """The candidates of a vocabulary, checked. Raises InputError where there is none, or one is no node."""
+    kept = {name: node for name, node in nodes.items() if node is not None}
+    if not kept:
         raise InputError(f"{path} is empty; name at least one candidate")
-    for name, node in candidates.items():
+    for name, node in kept.items():
         if not isinstance(node, Mapping) or "_target_" not in node:
             raise InputError(f"{path}.{name} must be a node with a _target_, got {node!r}")
         check_node(dict(node), f"{path}.{name}")
+    return kept
