@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from mmnas_lab.build import build_with_facts
-from mmnas_lab.loader import draw_clean
 from mmnas_lab.objective.mix import Mix, Term
 from mmnas_lab.objective.multi_head import MultiHead
 from mmnas_lab.objective.supervised import Supervised
@@ -135,37 +134,6 @@ def test_the_fused_weight_grows_after_each_epoch_up_to_one():
     mixed = Mix(first=Term(objective))
     mixed.at_epoch(2, 6)
     assert objective.fusion_weight == pytest.approx(0.7)
-
-
-def test_the_weight_follows_the_epochs_of_a_fit(tmp_path):
-    from conftest import INFOS, TinySource
-    from fits import SPACE, runtime
-
-    from mmnas_lab.config import FitSettings, Optimizer
-    from mmnas_lab.loader import Batches, FixedBatches
-    from mmnas_lab.training import train
-
-    network = SPACE.build(SPACE.sample(INFOS, torch.Generator().manual_seed(1)), INFOS)
-    info = OutputInfo(network.info.embedding)
-    objective = MultiHead(
-        info.embedding, "multilabel", CLASSES[:3], torch.zeros(3), info, fusion_weight_growth=0.25
-    )
-    objective.first_weight, seen = 0.25, []
-    forward = objective.forward
-    objective.forward = lambda *args: (seen.append(objective.fusion_weight), forward(*args))[1]
-    train(
-        network,
-        objective,
-        Batches(TinySource(8), draw_clean, 4, (0, "train", "batches"), whole=False),
-        FixedBatches(TinySource(4), draw_clean, 4, (0, "train", "val"), whole=False),
-        FitSettings(epochs=3, batch_size=4, optimizer=Optimizer(lr=0.01)),
-        label="train.net",
-        address=(0, "train"),
-        runtime=runtime(),
-        evaluations=1,
-        save_point=tmp_path / "train.ckpt",
-    )
-    assert seen == [0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
 
 
 def test_it_is_built_from_the_facts_of_a_network():
