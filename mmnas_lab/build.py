@@ -7,7 +7,7 @@ import difflib
 import importlib.util
 import inspect
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,22 @@ def check_schema(values: Mapping[str, Any]) -> None:
 def _check_names(node: Node, path: str) -> None:
     names = parameter_names(node["_target_"]) if "_target_" in node else None
     for name, value in node.items():
-        if isinstance(value, Mapping) and "_target_" in value:
-            _check_names(dict(value), f"{path}.{name}")
-        elif names is not None and name != "_target_" and name not in names:
+        for inner, within in _nodes_within(value, f"{path}.{name}"):
+            _check_names(within, inner)
+        is_node = isinstance(value, Mapping) and "_target_" in value
+        if not is_node and names is not None and name != "_target_" and name not in names:
             raise InputError(f"unknown key '{path}.{name}'; {near(name, names)}")
+
+
+def _nodes_within(value: Any, path: str) -> Iterator[tuple[str, Node]]:
+    """The outermost nodes with a `_target_` in a value, at any depth, by their paths."""
+    if not isinstance(value, Mapping):
+        return
+    if "_target_" in value:
+        yield path, dict(value)
+        return
+    for name, inner in value.items():
+        yield from _nodes_within(inner, f"{path}.{name}")
 
 
 def parameter_names(target_name: str) -> list[str] | None:
@@ -136,13 +148,15 @@ def check_node(node: Node, path: str) -> None:
     for name, value in node.items():
         if name == "_target_":
             continue
+        for inner, within in _nodes_within(value, f"{path}.{name}"):
+            check_node(within, inner)
         if isinstance(value, Mapping) and "_target_" in value:
-            check_node(dict(value), f"{path}.{name}")
-        elif name not in parameters:
+            continue
+        if name not in parameters:
             if open_ended:
                 raise InputError(f"{path}.{name} needs a _target_, got {value!r}")
             raise InputError(f"unknown key '{path}.{name}'; {near(name, parameters)}")
-        elif name in hints:
+        if name in hints:
             _check_value(value, hints[name], f"{path}.{name}")
 
 
@@ -194,6 +208,8 @@ def build(node: Node, path: str, **facts: Any) -> Any:
 
 def build_with_facts(node: Node, path: str, facts: Mapping[str, Any]) -> Any:
     """The object of a checked node that holds others; each constructor is handed the facts that it names.
+
+    Nodes deeper in a mapping stay as they are: a search space builds its candidates when it needs them.
 
     Raises:
         InputError: what a constructor refuses.

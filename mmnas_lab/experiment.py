@@ -65,7 +65,7 @@ class Experiment:
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime
         self.root = Path(config.output) / "stages"
-        self.space: Any = build(config.search_space, "search_space")
+        self.space: Any = build_with_facts(config.search_space, "search_space", {})
         self.strategy: Any = build(config.strategy, "strategy")
         self.numerics = {"devices": config.trainer.devices, "precision": config.trainer.precision}
         self._refuse_what_does_not_fit()

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mmnas_lab.build import build, target
+from mmnas_lab.build import build, build_with_facts, target
 from mmnas_lab.types import InputError
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -79,7 +79,9 @@ def table() -> str:
     """What fits what, in Markdown: a column a search space, a row a strategy or objective."""
     # As their files say: a composed one also holds what the default experiment sets.
     files = sorted((CONF / "search_space").glob("*.yaml"))
-    spaces = {path.stem: build(yaml.safe_load(path.read_text()), "search_space") for path in files}
+    spaces = {
+        path.stem: build_with_facts(yaml.safe_load(path.read_text()), "search_space", {}) for path in files
+    }
     lines = [
         f"| | {' | '.join(f'`{name}`' for name in spaces)} |",
         f"|---|{':---:|' * len(spaces)}",

@@ -11,14 +11,14 @@ from torch import Tensor
 from mmnas_lab import distributed
 from mmnas_lab.loader import FixedBatches, Source, draw_clean
 from mmnas_lab.objective.base import Scored
+from mmnas_lab.objective.classifier import Classifier
 from mmnas_lab.objective.metrics import classification_metrics, per_class_f1
-from mmnas_lab.objective.supervised import Supervised
 from mmnas_lab.types import Task
 
 
 def predict(scored: Scored, source: Source, batch_size: int) -> Tensor:
     """Logits (n, Y) of all samples of a source, in its order, on every rank."""
-    objective: Supervised = scored.objective  # type: ignore[assignment]
+    objective: Classifier = scored.objective  # type: ignore[assignment]
     batches = FixedBatches(source, draw_clean, batch_size, (0, "test"), whole=False)
     scored.eval()
     logits, _ = objective.predict(scored.network, batches)

@@ -194,6 +194,7 @@ class Fit(pl.LightningModule):
         self.epoch, self.steps_left = epoch, self.steps_per_epoch(epoch) - start
         network: Any = self.scored.network
         network.at_epoch(epoch, self.num_epochs)
+        self.scored.objective.at_epoch(epoch, self.num_epochs)
         self.total_steps_cached = self.total_steps()
 
     def on_train_epoch_end(self) -> None:

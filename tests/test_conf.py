@@ -47,8 +47,8 @@ def test_every_choice_mirrors_the_package_and_composes(group, choice):
     assert "_target_" in node or "defaults" in node
     assert all(name.startswith(f"mmnas_lab.{group}.") for name in names)
     if group == "search_space":
-        overrides.append(f"sizes={choice}")  # a space comes with its sizes, and cells with pixels
-        overrides += ["experiment=darts_cifar10"] * (choice == "cnn_cells")
+        overrides.append(f"sizes={choice}")  # a space comes with its sizes, and two of them with pixels
+        overrides += ["experiment=darts_cifar10"] * (choice != "fusion")
     if choice == "image_folder":
         overrides.append("dataset.path=pictures")
     check_config(composed(*overrides))

@@ -18,7 +18,7 @@ from torch.nn.functional import adaptive_max_pool2d
 from mmnas_lab.backbone.image import square_root
 from mmnas_lab.backbone.pixels import Pixels
 from mmnas_lab.backbone.weights import device_of, fit_state, hash_files, hash_settings, read_checkpoint
-from mmnas_lab.build import build
+from mmnas_lab.build import build_with_facts
 from mmnas_lab.search_space.base import Network
 from mmnas_lab.types import InputError, InputInfo, InputInfos, Inputs
 
@@ -72,7 +72,7 @@ class FoundImage:
             )
         config: dict[str, Any] = yaml.safe_load((self.folder / "config.yaml").read_text())
         self.record: dict[str, Any] = json.loads((self.folder / "record.json").read_text())
-        self.space: Any = build(config["search_space"], "search_space")
+        self.space: Any = build_with_facts(config["search_space"], "search_space", {})
         if self.space.length is not None:
             raise InputError(
                 f"run='{run}' searched the space '{self.space.name}', which reads features; only networks "

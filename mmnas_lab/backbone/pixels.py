@@ -136,7 +136,7 @@ class PixelCache:
         layout = json.loads((folder / LAYOUT_FILE).read_text())
         self.folder = folder
         self.name: str = layout["modality"]
-        self.infos: InputInfos = {self.name: InputInfo(tuple(layout["shape"]), self.name)}
+        self.infos: InputInfos = {self.name: InputInfo(tuple(layout["shape"]), self.name, "image")}
         self.statistics = {self.name: (torch.tensor(layout["mean"]), torch.tensor(layout["std"]))}
 
     def array(self, split: Split) -> NDArray[np.uint8]:

@@ -53,6 +53,9 @@ class Objective(nn.Module, ABC):
         """What of a few samples is worth a picture over a search, by name; nothing by default."""
         return {}
 
+    def at_epoch(self, epoch: int, epochs: int) -> None:
+        """Called as an epoch begins, counted from 0: weights that grow over the epochs are set here."""
+
 
 Regulariser = Callable[[dict[str, Tensor]], Tensor]
 """A () penalty of a hypernet's mixing weights by name (`Hypernet.mixing`)."""

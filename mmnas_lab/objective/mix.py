@@ -85,6 +85,10 @@ class Mix(Objective):
             parts["loss"] = parts.get("loss", 0) + weight * total.detach()
         return Losses(torch.stack(losses).sum(), parts)
 
+    def at_epoch(self, epoch: int, epochs: int) -> None:
+        for term in self.terms.values():
+            term.objective.at_epoch(epoch, epochs)
+
     def evaluate(self, run: Run, batches: Iterable[Batch]) -> dict[str, float]:
         """Quantities of all terms; `batches` is gone through once a term."""
         values: dict[str, float] = {"loss": 0.0, "weights_loss": 0.0}

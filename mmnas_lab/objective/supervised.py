@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmnas_lab import distributed
-from mmnas_lab.objective.base import Half, Needs, Objective, Run
-from mmnas_lab.objective.metrics import classification_metrics
+from mmnas_lab.objective.base import Half, Run
+from mmnas_lab.objective.classifier import Classifier
 from mmnas_lab.types import Batch, InputError, Losses, OutputInfo, Task
 
 
-class Supervised(Objective):
+class Supervised(Classifier):
     """A linear classifier with the loss of its task: BCE for multi-label, cross-entropy for one class.
 
     Args:
@@ -32,8 +28,6 @@ class Supervised(Objective):
         output: shapes of the network's taps.
     """
 
-    needs = Needs(views=1, labels=True)
-
     def __init__(
         self,
         embedding: int,
@@ -48,18 +42,10 @@ class Supervised(Objective):
         auxiliary_weight: float = 0.0,
         output: OutputInfo | None = None,
     ) -> None:
-        super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise InputError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-        if label_smoothing and task == "multilabel":
-            raise InputError("label_smoothing is for one class a sample; set it to 0 for multi-label data")
-        if not 0 < threshold < 1:
-            raise InputError(f"threshold must be between 0 and 1, got {threshold}")
-        self.task, self.classes, self.threshold = task, classes, threshold
-        self.selects = ("f1_weighted", "max") if task == "multilabel" else ("accuracy", "max")
+        super().__init__(task, classes, threshold, label_smoothing)
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(embedding, len(classes))
-        self.label_smoothing, self.auxiliary_weight = label_smoothing, auxiliary_weight
+        self.auxiliary_weight = auxiliary_weight
         self.auxiliary: nn.Linear | None = None
         if auxiliary_weight:
             taps = output.taps if output is not None else {}
@@ -78,11 +64,9 @@ class Supervised(Objective):
         """(B, Y) logits of an embedding (B, D)."""
         return self.linear(self.dropout(embedding))
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """() mean over samples (and classes for multi-label), in nats."""
-        if self.task == "multilabel":
-            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+    def classify(self, run: Run, batch: Batch) -> Tensor:
+        """(B, Y) logits of a batch."""
+        return self.logits(run(batch.views[0]).embedding)
 
     def forward(self, run: Run, batch: Batch, half: Half = "weights") -> Losses:
         assert batch.labels is not None
@@ -93,25 +77,3 @@ class Supervised(Objective):
             second = self.loss(self.auxiliary(output.taps["auxiliary"]), batch.labels)
             total = loss + self.auxiliary_weight * second
         return Losses(total, {"loss": loss.detach()})
-
-    @torch.no_grad()
-    def predict(self, run: Run, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-        """Logits (n, Y) and labels of all batches of this rank."""
-        logits: list[Tensor] = []
-        labels: list[Tensor] = []
-        for batch in batches:
-            assert batch.labels is not None
-            logits.append(self.logits(run(batch.views[0]).embedding))
-            labels.append(batch.labels)
-        if not logits:
-            return torch.zeros(0, len(self.classes)), torch.zeros(0)
-        return torch.cat(logits), torch.cat(labels)
-
-    def evaluate(self, run: Run, batches: Iterable[Batch]) -> dict[str, float]:
-        logits, labels = self.predict(run, batches)
-        if distributed.world_size() > 1:
-            everything = distributed.gather_objects((logits.cpu(), labels.cpu()))
-            logits = torch.cat([part for part, _ in everything])
-            labels = torch.cat([part for _, part in everything if len(part)])
-        metrics = classification_metrics(logits, labels, self.task, self.threshold)
-        return {"loss": float(self.loss(logits, labels)), **metrics}

@@ -16,6 +16,7 @@ from fits import (
 )
 
 from mmnas_lab import distributed
+from mmnas_lab.objective.supervised import Supervised
 from mmnas_lab.types import TrainingError
 
 STEPS = 3  # an epoch
@@ -27,6 +28,13 @@ def assert_same_fit(first, second):
     assert same_state(one.scored.state_dict(), other.scored.state_dict())
     assert same_state(its_states[-1], other_states[-1])
     assert one.history == other.history
+
+
+def test_an_objective_is_told_of_every_epoch(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Supervised, "at_epoch", lambda self, epoch, epochs: seen.append((epoch, epochs)))
+    fit(tmp_path)
+    assert seen == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_the_best_state_is_kept(tmp_path):
