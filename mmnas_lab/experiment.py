@@ -129,7 +129,10 @@ class Experiment:
                 inputs["labels"] = self.data.dataset.label_fingerprint()
 
         def compute(folder: Path) -> None:
-            if needs.labels and self.strategy.needs_data:
+            if needs.labels and self.strategy.needs_data and not self.strategy.splits_train:
+                weights = self.data.source("train", self.data.labelled_rows, True, settings=settings)
+                architecture = self.data.source("val", None, True, settings=settings)
+            elif needs.labels and self.strategy.needs_data:
                 first, second = halves(self.data.labels("train"), self.data.labelled_rows, config.seed)
                 weights = self.data.source("train", first.sort().values, labelled=True, settings=settings)
                 architecture = self.data.source(
@@ -152,6 +155,9 @@ class Experiment:
                     config.seed,
                     self.runtime,
                     self.regularisers(),
+                    self.root.parent,
+                    self.data.stages["features"].key + self._label_key(needs),
+                    config.objective,
                 ),
                 folder,
             )
@@ -326,6 +332,12 @@ class Experiment:
         return Found(genotype, stages, metrics)
 
     # Small things that several stages need.
+
+    def _label_key(self, needs: Needs) -> str:
+        """What a search depends on besides the inputs' key; empty where it reads no label."""
+        if not needs.labels:
+            return ""
+        return f":{self.data.dataset.label_fingerprint()}:{self.config.labelled_share}:{self.config.seed}"
 
     def _unlabelled_halves(self) -> tuple[Split, tuple[Tensor | None, Tensor | None]]:
         """The split that moves the architecture of a label-free search; rows of train, and of that split."""

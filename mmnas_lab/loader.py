@@ -134,6 +134,34 @@ class FixedBatches:
                 yield self.draw(self.source, index, generator(*self.address, "draw", i))
 
 
+class SubSource:
+    """Some rows of a source, by position.
+
+    Attributes:
+        rows: (n,) positions within the source.
+    """
+
+    def __init__(self, source: Source, rows: Tensor) -> None:
+        self.source, self.rows = source, rows
+        self.infos = source.infos
+        self.labels = None if source.labels is None else source.labels[rows.to(source.labels.device)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def clean(self, index: Tensor) -> Batch:
+        """The samples as they are."""
+        return self.source.clean(self.rows[index])
+
+    def views(self, index: Tensor, generator: torch.Generator, count: int) -> Batch:
+        """`count` views of each sample."""
+        return self.source.views(self.rows[index], generator, count)
+
+    def mixed(self, index: Tensor, generator: torch.Generator, clean_probability: float) -> Batch:
+        """Clean samples and views of samples."""
+        return self.source.mixed(self.rows[index], generator, clean_probability)
+
+
 class JoinedSource:
     """Two sources one after the other: training on train and val together."""
 

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +59,10 @@ class Runtime:
     timeout_seconds: float = 600.0
     report: Callable[[str, Sequence[Point]], None] = lambda fit, points: None
     progress: Callable[[str, int, int], None] = lambda label, done, total: None
+
+    def quiet(self) -> Runtime:
+        """The same hardware, with nobody listening."""
+        return replace(self, report=lambda fit, points: None, progress=lambda label, done, total: None)
 
     @property
     def device(self) -> torch.device:
@@ -384,6 +388,7 @@ def train(
     evaluations: int = 1,
     save_point: Path | None = None,
     unused_parameters: bool = False,
+    max_seconds: float | None = None,
 ) -> Trained:
     """Train a network and its objective, and load the state that is best on `evaluation`.
 
@@ -400,6 +405,7 @@ def train(
         evaluations: number of evaluations, evenly spaced over the epochs.
         save_point: where the state is kept while it runs.
         unused_parameters: the network has parameters that the loss does not depend on.
+        max_seconds: end after that time.
 
     Raises:
         TrainingError: a loss that is not finite.
@@ -417,7 +423,8 @@ def train(
         evaluation=evaluation,
         evaluations=evaluations,
     )
-    fit.run(gradient_clip_val=settings.clip_norm, unused_parameters=unused_parameters)
+    limit = {} if max_seconds is None else {"max_time": timedelta(seconds=max_seconds)}
+    fit.run(gradient_clip_val=settings.clip_norm, unused_parameters=unused_parameters, **limit)
     if fit.best:
         fit.scored.load_state_dict(fit.best)
     distributed.broadcast_buffers(fit.scored)

@@ -32,6 +32,9 @@ class Problem:
         seed: of the run.
         runtime: hardware and listeners.
         regularisers: of the mixing weights, for strategies that have them.
+        root: folder for what outlives this search.
+        data: key of the data that the sources read.
+        objective_settings: of the objective, as plain values.
     """
 
     space: Any
@@ -45,6 +48,9 @@ class Problem:
     seed: int
     runtime: Runtime
     regularisers: dict[str, Weighted] = field(default_factory=dict)
+    root: Path = Path("outputs")
+    data: str = ""
+    objective_settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,14 @@ class Strategy(Protocol):
         space_needs: methods of the search space that it calls, besides `parse` and `build`.
         needs_data: whether it reads samples.
         regularised: whether regularisers of the mixing weights play a part.
+        splits_train: whether a search with labels divides the labelled share; else it scores on val.
     """
 
     name: str
     space_needs: tuple[str, ...]
     needs_data: bool
     regularised: bool
+    splits_train: bool
 
     def search(self, problem: Problem, folder: Path) -> SearchResult:
         """Find a genotype; save points go into `folder`, and are taken up again from there."""

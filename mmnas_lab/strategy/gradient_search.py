@@ -326,7 +326,7 @@ class Bilevel:
 
     name = "bilevel"
     space_needs = ("hypernet",)
-    needs_data, regularised = True, True
+    needs_data, regularised, splits_train = True, True, True
     module: type[SearchModule] = SearchModule
 
     def __init__(

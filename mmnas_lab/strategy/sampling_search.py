@@ -29,7 +29,7 @@ class Fixed:
 
     name = "fixed"
     space_needs = ()
-    needs_data, regularised = False, False
+    needs_data, regularised, splits_train = False, False, True
 
     def __init__(self, genotype: str) -> None:
         path = Path(genotype)
@@ -75,7 +75,7 @@ class Random:
 
     name = "random"
     space_needs = ("sample",)
-    needs_data, regularised = True, False
+    needs_data, regularised, splits_train = True, False, True
 
     def __init__(self, draws: int = 8, epochs: int = 10, seconds: float | None = None) -> None:
         if draws < 1 or epochs < 1:

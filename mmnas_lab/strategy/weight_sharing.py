@@ -103,7 +103,7 @@ class WeightSharing:
 
     name = "weight_sharing"
     space_needs = ("hypernet", "sample")
-    needs_data, regularised = True, False
+    needs_data, regularised, splits_train = True, False, True
 
     def __init__(self, draws: int = 200) -> None:
         if draws < 1:

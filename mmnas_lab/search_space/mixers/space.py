@@ -201,6 +201,23 @@ class MixerSpace:
         first = {"fusion_network": next(iter(self.fusion_networks))}
         return self.genotype_of({**first, **chosen, choice: option}, inputs)
 
+    def recipe(self, genotype: MixerGenotype) -> dict[str, Any]:
+        """All that decides a genotype's network besides the inputs; other candidates play no part in it."""
+        network = genotype.fusion_network
+        return {
+            "encoders": dict(genotype.encoders),
+            "nodes": {
+                name: [nodes[name] for nodes in self.encoders.values() if name in nodes]
+                for _, name in genotype.encoders
+            },
+            "fusion_function": genotype.fusion_function,
+            "fusion_network": None if network is None else self.fusion_networks[network],
+            "width": self.width,
+            "fusion_width": self.fusion_width,
+            "dropout": self.dropout,
+            "protocol": self.protocol,
+        }
+
     def sample(self, inputs: InputInfos, generator: torch.Generator) -> MixerGenotype:
         """A genotype drawn uniformly."""
         chosen = {
