@@ -248,8 +248,10 @@ def leave(experiment: Experiment, found: Found | None, folder: Path, summary: di
     from mmnas_lab.report.cell_drawing import draw_cells
     from mmnas_lab.report.curves import draw_curves
     from mmnas_lab.report.fusion_drawing import draw_fusion
+    from mmnas_lab.report.mixer_drawing import draw_mixers
 
-    draw = {"fusion": draw_fusion, "cnn_cells": draw_cells}[experiment.space.name]
+    drawings = {"fusion": draw_fusion, "cnn_cells": draw_cells, "mixers": draw_mixers}
+    draw = drawings[experiment.space.name]
 
     histories: dict[str, list[Point]] = {}
     for name, result in experiment.results.items():
