@@ -7,13 +7,16 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from mmnas_lab.dataset.base import SPLITS
 from mmnas_lab.types import InputError, Settings, Split, Task
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 class Record(Protocol):
@@ -150,10 +153,11 @@ class RecordDataset(ABC, Generic[R]):
         return (self._all if dropped else self._used)[split]
 
 
-def digest_of(*parts: bytes) -> bytes:
-    """One hash of several byte strings, each with its length."""
+def digest_of(*parts: Buffer) -> bytes:
+    """One hash of several byte strings or buffers, each with its length."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
+        view = memoryview(part)
+        digest.update(view.nbytes.to_bytes(8, "little"))
+        digest.update(view)
     return digest.digest()

@@ -1,5 +1,7 @@
 """UTD-MHAD: MAT and parquet files, splits by subject, resampling, and what is refused."""
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,17 +39,22 @@ def raw():
     return {name: performance(rng) for name in NAMES}
 
 
-@pytest.fixture
-def mat_folder(tmp_path, raw):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, raw):
+    folder = tmp_path_factory.mktemp("mat")
     for (action, subject, trial), arrays in raw.items():
         name = f"a{action}_s{subject}_t{trial}"
         for modality, field in (("skeleton", "d_skel"), ("inertial", "d_iner"), ("depth", "d_depth")):
-            (tmp_path / modality.title()).mkdir(exist_ok=True)
+            (folder / modality.title()).mkdir(exist_ok=True)
             array = arrays[modality]
             stored = array if modality == "inertial" else array.transpose(1, 2, 0)
-            file = tmp_path / modality.title() / f"{name}_{modality}.mat"
-            savemat(file, {field: stored}, do_compression=True)
-    return tmp_path
+            savemat(folder / modality.title() / f"{name}_{modality}.mat", {field: stored})
+    return folder
+
+
+@pytest.fixture
+def mat_folder(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "mat")
 
 
 def parquet_rows(raw):
@@ -193,7 +200,7 @@ def test_bad_parquet_files_are_named(tmp_path, raw):
     write_parquet(tmp_path, rows)
     with pytest.raises(InputError, match=r"has no column 'inertial'"):
         UTDMHAD(str(tmp_path)).open()
-    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    (tmp_path / "test.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"cannot read '.*parquet' as parquet"):
         UTDMHAD(str(tmp_path)).open()
 
