@@ -61,8 +61,10 @@ POSSIBLE: dict[str, tuple[float, float]] = {
 }
 """Variables in the order of the features, and the range outside which a value counts as not measured."""
 
-SKEWED = ("ALP", "ALT", "AST", "BUN", "Bilirubin", "Creatinine", "Glucose", "Lactate", "PaO2", "Platelets")
-SKEWED += ("TroponinI", "TroponinT", "Urine", "WBC")
+SKEWED = (
+    *("ALP", "ALT", "AST", "BUN", "Bilirubin", "Creatinine", "Glucose", "Lactate", "PaO2", "Platelets"),
+    *("TroponinI", "TroponinT", "Urine", "WBC"),
+)
 """Variables that are standardised as log(1 + value): some stays lie a hundred times above the median."""
 
 IS_SKEWED = np.array([name in SKEWED for name in POSSIBLE])

@@ -281,15 +281,15 @@ def test_logistic_regression_reaches_its_level_on_the_real_stays():
     assert int(dataset.labels("test").sum()) == 568
     dataset.drop({split: list(rows) for split, rows in bad.items()})
 
-    def summary(split):
-        series = samples(dataset, "series", split)
+    def summary(split, count):
+        series = np.stack(dataset.read(split, "series", range(count)))
         values, measured = series[..., :37], series[..., 37:]
+        assert np.isfinite(series).all()
         parts = (values[:, -1], values.mean(1), values.min(1), values.max(1), measured.mean(1))
-        return np.concatenate(parts, axis=1)
+        return np.concatenate(parts, axis=1), dataset.labels(split)[:count].numpy()
 
-    train, test = summary("train"), summary("test")
-    assert np.isfinite(train).all()
+    (train, died), (test, expected) = summary("train", 1200), summary("test", 1500)
     scaler = StandardScaler().fit(train)
-    model = LogisticRegression(C=0.01, max_iter=200).fit(scaler.transform(train), dataset.labels("train"))
+    model = LogisticRegression(C=0.003, max_iter=100).fit(scaler.transform(train), died)
     scores = model.decision_function(scaler.transform(test))
-    assert roc_auc_score(dataset.labels("test"), scores) > 0.82  # 0.86 by boosting
+    assert roc_auc_score(expected, scores) > 0.77  # with all stays 0.85, and 0.86 by boosting
