@@ -34,7 +34,16 @@ class Dataset(Protocol):
         """Identity of each row, unique over all splits."""
 
     def read(self, split: Split, modality: str, rows: Sequence[int]) -> list[Any]:
-        """Raw samples of one modality: an RGB `PIL.Image` for kind image, a `str` for kind text."""
+        """Raw samples of one modality; those that are arrays all have one shape.
+
+        - image: `PIL.Image` in mode RGB, or in mode L where the dataset's pictures are grey.
+        - text: `str`.
+        - audio: float32 array (1, F, T), a log-spectrogram in [0, 1], the lowest frequency first.
+        - series: float32 array (T, F), without gaps.
+        - skeleton: float32 array (T, J, 3), places of J joints.
+        - tabular: float32 array (F,), without gaps.
+        - video: float32 array (T, H, W) in [0, 1].
+        """
 
     def unreadable(self, split: Split) -> dict[int, str]:
         """Rows that cannot be used (corrupt picture, empty text), with the reason. Slow: decodes all."""

@@ -1,4 +1,4 @@
-"""Label-free views of a sample: one family a modality kind, and one on features of all modalities."""
+"""Label-free views of a picture or a text, and of features of all modalities; arrays: `signal_views`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ImageViews:
     """
 
     def __init__(self, strength: float = 1.0) -> None:
-        self.strength = _checked_strength("ImageViews", strength)
+        self.strength = checked_strength("ImageViews", strength)
         self._transforms: dict[tuple[int, int], Callable[[Image.Image], Image.Image]] = {}
 
     def __call__(self, sample: Image.Image, generator: torch.Generator) -> Image.Image:
@@ -95,7 +95,7 @@ class TextViews:
     """
 
     def __init__(self, strength: float = 1.0) -> None:
-        self.strength = _checked_strength("TextViews", strength)
+        self.strength = checked_strength("TextViews", strength)
 
     def __call__(self, sample: str, generator: torch.Generator) -> str:
         if self.strength == 0 or not sample.strip():
@@ -199,7 +199,8 @@ class FeatureViews:
         return features
 
 
-def _checked_strength(family: str, strength: float) -> float:
+def checked_strength(family: str, strength: float) -> float:
+    """The strength of a family of views. Raises InputError where it is negative or not finite."""
     if not 0 <= strength < float("inf"):
         raise InputError(
             f"{family} needs strength >= 0, got {strength}; 0 leaves samples unchanged, 1 is usual"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def classification_metrics(logits: Tensor, labels: Tensor, task: Task, threshold
 
     Multi-label: F1 with averages weighted, micro, macro (over classes) and samples, a label being predicted
     where sigmoid(logit) > threshold; zero where a class or sample has neither labels nor predictions.
-    One class: accuracy, F1 macro and weighted.
+    One class: accuracy, F1 macro and weighted, and the areas under the curves of `_areas`.
     """
     from torchmetrics.functional.classification import (
         multiclass_accuracy,
@@ -29,6 +29,7 @@ def classification_metrics(logits: Tensor, labels: Tensor, task: Task, threshold
             "accuracy": float(multiclass_accuracy(logits, labels, classes, average="micro")),
             "f1_macro": float(multiclass_f1_score(logits, labels, classes, average="macro")),
             "f1_weighted": float(multiclass_f1_score(logits, labels, classes, average="weighted")),
+            **_areas(logits, labels),
         }
     # Sigmoid first: torchmetrics takes logits that happen to lie in [0, 1] for probabilities.
     probabilities, truth = torch.sigmoid(logits), labels.int()
@@ -40,6 +41,31 @@ def classification_metrics(logits: Tensor, labels: Tensor, task: Task, threshold
         probabilities.unsqueeze(-1), truth.unsqueeze(-1), classes, threshold, "micro", "samplewise"
     )
     return {**scores, "f1_samples": float(samples.mean())}
+
+
+def _areas(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Areas under the ROC curve and under precision over recall (average precision), exact.
+
+    Of two classes those of the second, `auroc` and `auprc`; of more each class against the others, averaged
+    over the classes, `auroc_macro` and `auprc_macro`. Classes that all samples have, or none, have no curve
+    and are left out; without any curve there are no areas.
+    """
+    from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+
+    probabilities, classes = torch.softmax(logits.float(), 1), logits.shape[1]
+    columns: Iterable[int] = [1] if classes == 2 else range(classes)
+    suffix = "" if classes == 2 else "_macro"
+    curves = [
+        (probabilities[:, column], truth)
+        for column in columns
+        if 0 < int((truth := (labels == column).long()).sum()) < len(labels)
+    ]
+    if not curves:
+        return {}
+    return {
+        f"auroc{suffix}": sum(float(binary_auroc(*curve)) for curve in curves) / len(curves),
+        f"auprc{suffix}": sum(float(binary_average_precision(*curve)) for curve in curves) / len(curves),
+    }
 
 
 def per_class_f1(

@@ -71,17 +71,30 @@ def test_scores_of_one_class_are_sklearns(absent, generator):
         labels[labels == absent] = 0
         logits[:, absent] = -9
     predicted = logits.argmax(1).numpy()
+    present = [k for k in range(4) if k != absent]
+    curves = [((labels == k).numpy(), logits.softmax(1)[:, k].numpy()) for k in present]
     assert classification_metrics(logits, labels, "multiclass", 0.5) == pytest.approx(
         {
             "accuracy": sklearn.accuracy_score(labels, predicted),
             "f1_macro": sklearn.f1_score(labels, predicted, average="macro"),
             "f1_weighted": sklearn.f1_score(labels, predicted, average="weighted"),
+            "auroc_macro": sum(sklearn.roc_auc_score(*curve) for curve in curves) / len(curves),
+            "auprc_macro": sum(sklearn.average_precision_score(*curve) for curve in curves) / len(curves),
         },
         abs=1e-6,
     )
     each = per_class_f1(logits, labels, "multiclass", 0.5, CLASSES)
     expected = sklearn.f1_score(labels, predicted, average=None, labels=range(4), zero_division=0)
     assert list(each.values()) == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_areas_of_two_classes_are_those_of_the_second(generator):
+    logits, labels = torch.randn(50, 2, generator=generator), torch.arange(50) % 5 == 0
+    scores = classification_metrics(logits, labels.long(), "multiclass", 0.5)
+    margin = (logits[:, 1] - logits[:, 0]).numpy()
+    assert scores["auroc"] == pytest.approx(sklearn.roc_auc_score(labels, margin), abs=1e-6)
+    assert scores["auprc"] == pytest.approx(sklearn.average_precision_score(labels, margin), abs=1e-6)
+    assert "auroc" not in classification_metrics(logits, torch.zeros(50).long(), "multiclass", 0.5)
 
 
 @pytest.mark.parametrize("task", ["multilabel", "multiclass"])
