@@ -8,15 +8,17 @@ python scripts/scores.py --export scores.json         # all columns
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import pandas as pd
+from rich.console import Console
+from rich.table import Table
 
-from mmnas_lab.score_store import ScoreStore
+from mmnas_lab.score_store import COLUMNS, ScoreStore
 from mmnas_lab.types import InputError
 
 LISTED = ("choice", "option", "seed", "metric", "score", "seconds", "sample", "data")
@@ -42,17 +44,27 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    table = pd.DataFrame([{name: row[name] for name in LISTED} for row in rows], columns=list(LISTED))
-    table["data"] = table["data"].str[:8]
-    print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    table = Table(title=f"{options.store}: {len(rows)} scores")
+    for name in LISTED:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(_cell(row[name]) for name in LISTED))
+    Console(width=140).print(table)
     return 0
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)[:20]
 
 
 def export(rows: list[dict[str, object]], path: Path) -> None:
     """Write all rows. Raises InputError for another suffix."""
     if path.suffix == ".csv":
         plain = [{k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()} for row in rows]
-        pd.DataFrame(plain).to_csv(path, index=False)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(plain)
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, indent=1))
     else:

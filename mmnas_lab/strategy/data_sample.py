@@ -125,7 +125,7 @@ def _random(
             return DataSample(rows, own, redraw)
     raise InputError(
         f"no random sample of {size} rows has class proportions within {distance:g} of the whole, the nearest "
-        f"of {redraws + 1} is {found:.3f} off; set strategy.sampling=stratified, or a larger strategy.fraction"
+        f"of {redraws + 1} is {found:.3f} off; set strategy.sampling=stratified, or take a larger fraction"
     )
 
 

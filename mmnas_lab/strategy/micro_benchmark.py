@@ -347,7 +347,7 @@ class Bench:
         if not math.isfinite(score):
             raise TrainingError(
                 f"micro-benchmark of {trial.choice}={trial.option}, seed {trial.seed}: {self.metric} is "
-                f"{score}; lower search.optimizer.lr or set search.clip_norm; finished micro-benchmarks are kept"
+                f"{score}; lower search.optimizer.lr or set search.clip_norm; finished ones are kept"
             )
         seconds = time.monotonic() - started
         return {"key": key, **row, "score": score, "seconds": seconds, "training_seconds": trained.seconds}
