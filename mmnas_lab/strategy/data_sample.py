@@ -124,7 +124,7 @@ def _random(
         if own < distance:
             return DataSample(rows, own, redraw)
     raise InputError(
-        f"no random sample of {size} rows has class proportions within {distance:g} of the whole, the nearest "
+        f"no random sample of {size} rows has class proportions within {distance:g} of all; the nearest "
         f"of {redraws + 1} is {found:.3f} off; set strategy.sampling=stratified, or take a larger fraction"
     )
 
@@ -149,6 +149,8 @@ def _components(source: Source) -> NDArray[np.float64]:
         parts.append([view[name].flatten(1).double().cpu().numpy() for name in source.infos if name in view])
     blocks = [np.concatenate(block) for block in zip(*parts, strict=True)]
     scaled = np.concatenate([block / (block.std() * np.sqrt(block.shape[1]) + 1e-12) for block in blocks], 1)
+    if not scaled.std(0).any():  # all rows are one
+        return scaled[:, :1]
     dimensions = min(COMPONENTS, *scaled.shape)
     found: NDArray[np.float64] = PCA(dimensions, svd_solver="randomized", random_state=0).fit_transform(
         scaled

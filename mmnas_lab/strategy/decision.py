@@ -17,7 +17,8 @@ class Decision:
 
     Attributes:
         option: that was taken.
-        scores: by option, one a seed, in the order of the seeds; higher is better.
+        scores: by option, one a seed, in the order of the seeds; higher is better. None of an option that
+            had no rival.
         tied: options whose mean is within the noise of the best one's, the best included.
         confidence: probability that the best mean is truly above the next one's, by a paired t-test.
         flops: of a forward pass of one sample, by option; what breaks a tie.
@@ -37,7 +38,7 @@ class Decision:
             "confidence": self.confidence,
             "options": {
                 name: {
-                    "mean": float(np.mean(scores)),
+                    "mean": float(np.mean(scores)) if scores else None,
                     "std": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
                     "scores": scores,
                     "flops": self.flops[name],
@@ -83,7 +84,7 @@ def _within_noise(best: Sequence[float], other: Sequence[float], tie: float) -> 
 
 def margin(decision: Decision) -> float:
     """Mean score of the option taken minus that of the best other one; 0 where there is no other."""
-    means = {name: float(np.mean(scores)) for name, scores in decision.scores.items()}
+    means = {name: float(np.mean(scores)) for name, scores in decision.scores.items() if scores}
     others = [mean for name, mean in means.items() if name != decision.option]
     return means[decision.option] - max(others) if others else 0.0
 

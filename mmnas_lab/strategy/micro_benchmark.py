@@ -186,7 +186,7 @@ class MicroBenchmark:
             self._scores(choice, options, genotypes, self.epochs, measure) if len(choice.options) > 1 else {}
         )
         if not scores:  # nothing to choose
-            return Decision(options[0], {options[0]: [math.nan]}, (options[0],), None, {options[0]: 0})
+            return Decision(options[0], {options[0]: []}, (options[0],), None, {options[0]: 0})
         flops = {option: bench.flops(genotypes[option]) for option in options}
         decision = decide(scores, flops, self.tie)
         log.info("%s: %s", choice.name, told(decision))
