@@ -34,7 +34,12 @@ class Dataset(Protocol):
         """Identity of each row, unique over all splits."""
 
     def read(self, split: Split, modality: str, rows: Sequence[int]) -> list[Any]:
-        """Raw samples of one modality: an RGB `PIL.Image` for kind image, a `str` for kind text."""
+        """Raw samples of one modality, in the form of its kind.
+
+        image: `PIL.Image` in mode RGB or L; text: `str`; the others float32 arrays of one shape a dataset:
+        audio (1, F, T), a log-spectrogram in [0, 1]; series (T, F); skeleton (T, J, 3) coordinates of J
+        joints; tabular (F,); video (T, H, W).
+        """
 
     def unreadable(self, split: Split) -> dict[int, str]:
         """Rows that cannot be used (corrupt picture, empty text), with the reason. Slow: decodes all."""
