@@ -33,9 +33,11 @@ class Encoder(Protocol):
     """
 
     modality: str
-    fitted: bool
     untrained: bool
     label_free: bool
+
+    @property
+    def fitted(self) -> bool: ...
 
     def fingerprint(self) -> str:
         """Hash of the weights (file contents, not names) and of every setting that changes `encode`."""
