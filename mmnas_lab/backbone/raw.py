@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ STORED = {"image": "uint8", "audio": "float16", "text": "float16"}
 """Types in which kinds are kept; others are float32. Half precision keeps values in [0, 1] to 0.0003."""
 
 
+@runtime_checkable
 class TokenEncoder(Protocol):
     """What turns texts into features of their tokens, as `text.HFText`.
 
