@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from mmnas_lab.types import InputError
 GROUPS = ("dataset", "backbone", "search_space", "objective", "strategy")
 OBJECTIVES = ("encoder_pretrain", "pretrain", "train")
 """Stages with an objective of their own."""
+MARKS = ("_target_", "_partial_")
+"""Keys of a node that are no arguments: its constructor, and whether that waits for more of them."""
 
 
 def near(name: str, valid: Iterable[str]) -> str:
@@ -74,7 +77,7 @@ def _check_names(node: Node, path: str) -> None:
         for inner, within in _nodes_within(value, f"{path}.{name}"):
             _check_names(within, inner)
         is_node = isinstance(value, Mapping) and "_target_" in value
-        if not is_node and names is not None and name != "_target_" and name not in names:
+        if not is_node and names is not None and name not in (*MARKS, *names):
             raise InputError(f"unknown key '{path}.{name}'; {near(name, names)}")
 
 
@@ -99,14 +102,20 @@ def parameter_names(target_name: str) -> list[str] | None:
     except (ImportError, ValueError, AssertionError, OSError, SyntaxError):
         return None
     for item in tree.body:
+        if isinstance(item, ast.FunctionDef) and item.name == name:
+            return _argument_names(item.args)
         if isinstance(item, ast.ClassDef) and item.name == name:
             for method in item.body:
                 if isinstance(method, ast.FunctionDef) and method.name == "__init__":
-                    arguments = method.args
-                    if arguments.kwarg is not None:
-                        return None
-                    return [argument.arg for argument in [*arguments.args[1:], *arguments.kwonlyargs]]
+                    names = _argument_names(method.args)
+                    return names and names[1:]
     return None
+
+
+def _argument_names(arguments: ast.arguments) -> list[str] | None:
+    if arguments.kwarg is not None:
+        return None
+    return [argument.arg for argument in [*arguments.args, *arguments.kwonlyargs]]
 
 
 def _validated(values: Mapping[str, Any]) -> Config:
@@ -146,7 +155,7 @@ def check_node(node: Node, path: str) -> None:
     hints = typing.get_type_hints(constructor.__init__) if inspect.isclass(constructor) else {}
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name, value in node.items():
-        if name == "_target_":
+        if name in MARKS:
             continue
         for inner, within in _nodes_within(value, f"{path}.{name}"):
             check_node(within, inner)
@@ -210,6 +219,7 @@ def build_with_facts(node: Node, path: str, facts: Mapping[str, Any]) -> Any:
     """The object of a checked node that holds others; each constructor is handed the facts that it names.
 
     Nodes deeper in a mapping stay as they are: a search space builds its candidates when it needs them.
+    A node with `_partial_` becomes a constructor that waits for the rest of its arguments.
 
     Raises:
         InputError: what a constructor refuses.
@@ -220,9 +230,11 @@ def build_with_facts(node: Node, path: str, facts: Mapping[str, Any]) -> Any:
         if isinstance(value, Mapping) and "_target_" in value
         else value
         for name, value in node.items()
-        if name != "_target_"
+        if name not in MARKS
     }
     named = {name: facts[name] for name in inspect.signature(constructor).parameters if name in facts}
+    if node.get("_partial_"):
+        return partial(constructor, **{**named, **given})
     try:
         return constructor(**{**named, **given})
     except TypeError as error:

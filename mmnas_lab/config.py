@@ -71,13 +71,16 @@ class PixelViews(Model):
 class Features(Model):
     """The stage `features`: cached views of raw samples, `num_views` of each in train and val.
 
-    0 leaves feature-level views only. The views have a seed of their own, so that all seeds share them.
+    0 leaves feature-level views only. The views have a seed of their own, so that all seeds share them. The
+    signal strength is that of views of audio, series, skeletons, tables and video; where no encoder reads
+    texts or signals, their views are drawn live at these strengths.
     """
 
     num_views: Amount = 4
     view_seed: int = 0
     image_strength: NonNegative = 1.0
     text_strength: NonNegative = 1.0
+    signal_strength: NonNegative = 1.0
 
 
 class WeightedRegulariser(Model):

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,21 @@ from typing import Any
 from torch import Tensor
 
 from mmnas_lab import distributed
+from mmnas_lab.backbone.base import ArrayBackbone, ArrayCache, LiveViews
 from mmnas_lab.backbone.feature_cache import FeatureCache, compute_features
 from mmnas_lab.backbone.feature_source import FeatureSource
 from mmnas_lab.backbone.frozen import Backbone
-from mmnas_lab.backbone.pixels import PixelCache, Pixels, PixelSource
-from mmnas_lab.build import build
+from mmnas_lab.build import build, build_with_facts
 from mmnas_lab.config import Config, Pretrain, Search, Train
 from mmnas_lab.dataset.base import SPLITS, Dataset, LabelFree
+from mmnas_lab.dataset.families import SIGNALS, view_families
 from mmnas_lab.dataset.pixel_views import PixelViews
 from mmnas_lab.dataset.split import labelled_share
-from mmnas_lab.dataset.views import FeatureViews, ImageViews, TextViews, ViewFamily
+from mmnas_lab.dataset.views import FeatureViews, ViewFamily
 from mmnas_lab.encoder_training import prepare_encoders
+from mmnas_lab.loader import Source
 from mmnas_lab.objective.base import Objective
-from mmnas_lab.stage import StageResult, stage, write_json
+from mmnas_lab.stage import StageResult, digest, stage, write_json
 from mmnas_lab.training import Runtime
 from mmnas_lab.types import InputError, OutputInfo, Split
 
@@ -41,7 +44,7 @@ class Data:
     Args:
         config: checked settings.
         root: folder of all stages.
-        length: positions to which backbone maps are pooled; None for a space that reads pictures.
+        length: positions to which backbone maps are pooled; None for a space that reads samples.
         runtime: hardware and listeners.
         objective: makes an objective for a network's output; encoders without weights need one.
 
@@ -62,19 +65,24 @@ class Data:
         self.stages: dict[str, StageResult] = {}
         self._labels: dict[Split, Tensor] = {}
         self.dataset: Dataset = build(config.dataset, "dataset")
-        self.backbone: Backbone | Pixels = build(config.backbone, "backbone")
+        self.backbone: Backbone | ArrayBackbone = build_with_facts(
+            config.backbone, "backbone", {"modalities": self.dataset.modalities}
+        )
         self.backbone.check(self.dataset.modalities)
         self._refuse_what_does_not_fit()
         self.dataset.open()
         self._leave_out_unreadable()
 
     def _refuse_what_does_not_fit(self) -> None:
-        pixels, space = isinstance(self.backbone, Pixels), self.config.search_space["_target_"]
-        name = space.rsplit(".", 1)[-1]
-        if pixels and self.length is not None:
+        encoded = isinstance(self.backbone, Backbone)
+        name = self.config.search_space["_target_"].rsplit(".", 1)[-1]
+        if not encoded and self.length is not None:
             raise InputError(f"search space {name} fuses features; choose backbone=offline, or cnn_cells")
-        if not pixels and self.length is None:
-            raise InputError(f"search space {name} reads pictures; choose backbone=pixels")
+        if encoded and self.length is None:
+            raise InputError(
+                f"search space {name} reads the samples themselves; choose backbone=pixels for pictures "
+                "alone, or backbone=raw"
+            )
 
     def _leave_out_unreadable(self) -> None:
         """Find samples that cannot be used, once for this data; stop with all of them, or leave them out."""
@@ -126,8 +134,19 @@ class Data:
         """The labelled share of the training rows."""
         return labelled_share(self.labels("train"), self.config.labelled_share, self.config.seed)
 
-    def pixels(self, backbone: Pixels) -> PixelCache:
-        """All pictures, decoded."""
+    @cached_property
+    def families(self) -> dict[str, ViewFamily]:
+        """Views of raw samples by kind."""
+        settings = self.config.features
+        return view_families(
+            self.dataset.modalities.values(),
+            settings.image_strength,
+            settings.text_strength,
+            settings.signal_strength,
+        )
+
+    def arrays(self, backbone: ArrayBackbone) -> ArrayCache:
+        """All samples as arrays."""
 
         def compute(folder: Path) -> None:
             if distributed.rank() == 0:
@@ -138,22 +157,24 @@ class Data:
         result = stage(
             self.root, "features", self.dataset.name, VERSIONS["features"], settings, inputs, compute
         )
+        # Views drawn live change what later stages learn, not the arrays.
+        if live := backbone.views(self.families, self.dataset.modalities):
+            read = {name: family.settings() for name, family in live.items()}
+            result = replace(result, key=digest([result.key, read]))
         self.stages["features"] = result
-        return PixelCache(result.folder)
+        return backbone.open(result.folder)
 
     def features(self, backbone: Backbone, length: int) -> FeatureCache:
         """Pooled features of all splits by frozen encoders, with cached views of train and val."""
         settings = self.config.features
-        views: dict[str, ViewFamily] = {
-            "image": ImageViews(settings.image_strength),
-            "text": TextViews(settings.text_strength),
-        }
+        signals = {kind: f.settings() for kind, f in self.families.items() if kind in SIGNALS}
+        read = settings.model_dump(exclude={"signal_strength"}) | ({"signals": signals} if signals else {})
         unlabelled = LabelFree(self.dataset)
         encoder_settings = self.config.encoder_pretrain
         prepared = prepare_encoders(
             backbone,
             unlabelled,
-            views,
+            self.families,
             encoder_settings,
             lambda info: self.objective(encoder_settings.objective, info),
             settings.view_seed,
@@ -165,12 +186,12 @@ class Data:
             "features",
             self.dataset.name,
             VERSIONS["features"],
-            {**settings.model_dump(), "length": length},
+            {**read, "length": length},
             {"data": self.dataset.fingerprint(), "backbone": backbone.fingerprint(), **prepared},
             lambda folder: compute_features(
                 unlabelled,
                 backbone,
-                views,
+                self.families,
                 settings.num_views,
                 settings.view_seed,
                 length,
@@ -186,12 +207,12 @@ class Data:
         return FeatureCache(result.folder)
 
     @cached_property
-    def cache(self) -> FeatureCache | PixelCache:
-        """The features, or the pictures; computed at first use."""
-        if isinstance(self.backbone, Pixels):
-            return self.pixels(self.backbone)
-        assert self.length is not None
-        return self.features(self.backbone, self.length)
+    def cache(self) -> FeatureCache | ArrayCache:
+        """The features, or the samples themselves; computed at first use."""
+        if isinstance(self.backbone, Backbone):
+            assert self.length is not None
+            return self.features(self.backbone, self.length)
+        return self.arrays(self.backbone)
 
     def source(
         self,
@@ -200,7 +221,7 @@ class Data:
         labelled: bool = False,
         names: tuple[str, ...] | None = None,
         settings: Search | Pretrain | Train | None = None,
-    ) -> FeatureSource | PixelSource:
+    ) -> Source:
         """Samples of a split, with or without labels, in the views of a stage.
 
         Args:
@@ -211,11 +232,15 @@ class Data:
             settings: of the stage; None: views change nothing.
         """
         labels, device = self.labels(split) if labelled else None, self.runtime.device
-        if isinstance(self.cache, PixelCache):
-            pixel_views = PixelViews(**settings.pixel_views.model_dump()) if settings else None
-            return PixelSource(self.cache, split, rows, labels, pixel_views, device=device)
-        views = FeatureViews(**settings.views.model_dump()) if settings else None
-        return FeatureSource(self.cache, split, rows, labels, names, views, device=device)
+        features = FeatureViews(**settings.views.model_dump()) if settings else None
+        if isinstance(self.cache, FeatureCache):
+            return FeatureSource(self.cache, split, rows, labels, names, features, device=device)
+        live = None
+        if settings and features and not isinstance(self.backbone, Backbone):
+            pixels = PixelViews(**settings.pixel_views.model_dump())
+            families = self.backbone.views(self.families, self.dataset.modalities)
+            live = LiveViews(pixels, families, features)
+        return self.cache.source(split, rows, labels, names, live, device)
 
     def _counted(self, items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
         """Pass items on, and say how many have been taken."""

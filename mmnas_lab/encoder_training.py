@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,10 @@ log = logging.getLogger(__name__)
 VERSION = 1
 
 
-class RawSource:
+CHUNK_ROWS = 64
+
+
+class SampleSource:
     """Raw samples of one modality as an encoder's input tensors; views are drawn live, sample by sample."""
 
     labels: Tensor | None = None
@@ -138,9 +141,11 @@ def _pretrain(
     address = (seed, f"backbone.{modality}")
     torch.manual_seed(seed_of(*address, "init"))
     encoder.load()
+    if encoder.fitted:
+        encoder.fit(_training_samples(dataset, modality))
     network = encoder.network()
     sources = {
-        split: RawSource(dataset, split, modality, view, encoder.tensors) for split in ("train", "val")
+        split: SampleSource(dataset, split, modality, view, encoder.tensors) for split in ("train", "val")
     }
     trained = train(
         network,
@@ -156,3 +161,9 @@ def _pretrain(
         unused_parameters=True,  # an image model's own classifier
     )
     trained.scored.network.cpu()
+
+
+def _training_samples(dataset: LabelFree, modality: str) -> Iterator[Any]:
+    count = len(dataset.ids("train"))
+    for start in range(0, count, CHUNK_ROWS):
+        yield from dataset.read("train", modality, range(start, min(start + CHUNK_ROWS, count)))

@@ -33,7 +33,7 @@ class InputInfo:
     Attributes:
         shape: shape of one sample, without the batch dimension; `(C_i, L_i)` for pooled features.
         modality: name of the modality that it comes from, as in `dataset.modalities`.
-        kind: of the modality: image, text, audio, series, skeleton, tabular or video; mixers ask for it.
+        kind: of a raw modality: image, text, audio, series, skeleton, tabular or video; "" for features.
     """
 
     shape: tuple[int, ...]

@@ -1,14 +1,21 @@
-"""What a backbone encoder is: raw samples of one modality to pooled features of several levels."""
+"""What a backbone is: frozen encoders of raw samples, or the arrays of the samples themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mmnas_lab.types import InputInfos, Inputs, OutputInfo, Settings
+from mmnas_lab.dataset.pixel_views import PixelViews
+from mmnas_lab.dataset.views import FeatureViews, ViewFamily
+from mmnas_lab.types import InputInfos, Inputs, Settings, Split
 
 if TYPE_CHECKING:
+    from torch import Tensor, device
+
+    from mmnas_lab.dataset.base import LabelFree
+    from mmnas_lab.loader import Source
     from mmnas_lab.search_space.base import Network
 
 
@@ -26,9 +33,11 @@ class Encoder(Protocol):
     """
 
     modality: str
-    fitted: bool
     untrained: bool
     label_free: bool
+
+    @property
+    def fitted(self) -> bool: ...
 
     def fingerprint(self) -> str:
         """Hash of the weights (file contents, not names) and of every setting that changes `encode`."""
@@ -69,5 +78,64 @@ class TrainableEncoder(Encoder, Protocol):
         """Raw samples as the network's input tensors."""
 
 
+@dataclass(frozen=True)
+class LiveViews:
+    """Random changes that are drawn in each step, of samples that no encoder reads.
+
+    Attributes:
+        pixels: of pictures.
+        families: of other samples, by modality; a modality without one is left as it is.
+        features: of standardised values, after the others.
+    """
+
+    pixels: PixelViews = field(default_factory=PixelViews)
+    families: dict[str, ViewFamily] = field(default_factory=dict)
+    features: FeatureViews = field(default_factory=FeatureViews)
+
+
+class ArrayCache(Protocol):
+    """The arrays of all samples, opened.
+
+    Attributes:
+        infos: the inputs, under the names of their modalities.
+        statistics: mean and standard deviation by channel of the training samples.
+    """
+
+    infos: InputInfos
+    statistics: dict[str, tuple[Tensor, Tensor]]
+
+    def source(
+        self,
+        split: Split,
+        rows: Tensor | None,
+        labels: Tensor | None,
+        names: tuple[str, ...] | None,
+        views: LiveViews | None,
+        device: device | str,
+    ) -> Source:
+        """Samples of a split in these views; all rows and names where None are given."""
+
+
+class ArrayBackbone(Protocol):
+    """A backbone for networks that read the samples themselves."""
+
+    @property
+    def label_free(self) -> bool: ...
+
+    def check(self, dataset_modalities: dict[str, str]) -> None:
+        """Refuse a dataset that it has no arrays for. Raises InputError."""
+
+    def settings(self) -> Settings:
+        """Everything that decides the arrays."""
+
+    def views(self, families: dict[str, ViewFamily], modalities: dict[str, str]) -> dict[str, ViewFamily]:
+        """Of the families by kind, those by modality that its sources draw live."""
+
+    def write(self, dataset: LabelFree, folder: Path, progress: Progress | None = None) -> None:
+        """Write the arrays of all samples; an unfinished folder is gone on with."""
+
+    def open(self, folder: Path) -> ArrayCache:
+        """What `write` wrote. Raises InputError where it is not complete."""
+
+
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
-__all__ = ["Encoder", "InputInfos", "OutputInfo", "Progress", "Settings", "TrainableEncoder"]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mmnas_lab.backbone.base import Encoder, Progress
+from mmnas_lab.backbone.moments import SMALLEST_STD
 from mmnas_lab.dataset.base import SPLITS, LabelFree
 from mmnas_lab.types import Split, TrainingError
 
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 
 CHUNK_ROWS = 64
 MARK_SECONDS = 5.0
-SMALLEST_STD = 1e-6
 FEATURES_FILE = "features.json"
 STATISTICS_FILE = "statistics.safetensors"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from mmnas_lab.backbone.base import Encoder
 from mmnas_lab.backbone.weights import hash_settings
@@ -69,6 +69,51 @@ class Backbone:
         """Load the weights of all encoders."""
         for encoder in self.encoders.values():
             encoder.load()
+
+
+def by_kind(
+    modalities: Mapping[str, str],
+    image: Callable[..., Encoder] | None = None,
+    text: Callable[..., Encoder] | None = None,
+    audio: Callable[..., Encoder] | None = None,
+    series: Callable[..., Encoder] | None = None,
+    skeleton: Callable[..., Encoder] | None = None,
+    tabular: Callable[..., Encoder] | None = None,
+    video: Callable[..., Encoder] | None = None,
+) -> Backbone:
+    """A backbone with an encoder for each modality of a dataset, chosen by its kind.
+
+    Args:
+        modalities: kinds of the dataset's modalities, by name.
+        image: makes an encoder of pictures, given its `modality`; the others likewise of their kinds.
+        text: of texts.
+        audio: of spectrograms.
+        series: of time series.
+        skeleton: of skeletons in time.
+        tabular: of tables' rows.
+        video: of clips.
+
+    Raises:
+        InputError: a kind that has no encoder.
+    """
+    makers = {
+        "image": image,
+        "text": text,
+        "audio": audio,
+        "series": series,
+        "skeleton": skeleton,
+        "tabular": tabular,
+        "video": video,
+    }
+    encoders: dict[str, Encoder] = {}
+    for name, kind in modalities.items():
+        if (make := makers.get(kind)) is None:
+            raise InputError(
+                f"the backbone has no encoder of kind '{kind}', which the dataset's modality '{name}' is of; "
+                "add one, as conf/backbone/small.yaml does"
+            )
+        encoders[name] = make(modality=name)
+    return Backbone(**encoders)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmnas_lab.backbone.base import Progress
+from mmnas_lab.backbone.base import LiveViews, Progress
 from mmnas_lab.dataset.base import SPLITS, LabelFree
 from mmnas_lab.dataset.pixel_views import PixelViews, normalised
 from mmnas_lab.types import Batch, InputError, InputInfo, InputInfos, Inputs, Split
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from mmnas_lab.dataset.views import ViewFamily
 
 LAYOUT_FILE = "pixels.json"
 CHUNK_ROWS = 512
@@ -50,6 +52,10 @@ class Pixels:
     def settings(self) -> dict[str, Any]:
         """Everything that decides the pixels."""
         return {"kind": "pixels", "size": self.size}
+
+    def views(self, families: dict[str, ViewFamily], modalities: dict[str, str]) -> dict[str, ViewFamily]:
+        """None: pictures have views of whole batches."""
+        return {}
 
     def write(self, dataset: LabelFree, folder: Path, progress: Progress | None = None) -> None:
         """Decode all pictures into `<split>.npy`, (n, 3, H, W) uint8, with the training pictures' statistics.
@@ -110,15 +116,38 @@ class Pixels:
         }
         (folder / LAYOUT_FILE).write_text(json.dumps(layout))
 
+    def open(self, folder: Path) -> PixelCache:
+        """What `write` wrote. Raises InputError where it is not complete."""
+        return PixelCache(folder)
+
     def sized(self, picture: Image.Image) -> NDArray[np.uint8]:
         """(3, H, W) values of a picture in the size of all."""
-        if self.size is not None and picture.size != (self.size, self.size):
-            scale = self.size / min(picture.size)
-            width, height = (max(self.size, round(side * scale)) for side in picture.size)
-            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-            left, top = (width - self.size) // 2, (height - self.size) // 2
-            picture = picture.crop((left, top, left + self.size, top + self.size))
-        return np.asarray(picture, np.uint8).transpose(2, 0, 1)
+        pixels = to_size(picture.convert("RGB"), self.size)
+        return np.asarray(pixels, np.uint8).transpose(2, 0, 1)
+
+
+def to_size(picture: Image.Image, size: int | tuple[int, int] | None) -> Image.Image:
+    """A picture in another size (bicubic).
+
+    Args:
+        picture: any.
+        size: a number: the shorter side is resized to it, the longer one cropped to its middle. Height and
+            width: resized without cropping. None: left as it is.
+    """
+    if size is None:
+        return picture
+    if isinstance(size, tuple):
+        height, width = size
+        if picture.size == (width, height):
+            return picture
+        return picture.resize((width, height), Image.Resampling.BICUBIC)
+    if picture.size == (size, size):
+        return picture
+    scale = size / min(picture.size)
+    width, height = (max(size, round(side * scale)) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
 
 
 class PixelCache:
@@ -144,6 +173,18 @@ class PixelCache:
         path = self.folder / f"{split}.npy"
         array: NDArray[np.uint8] = np.load(path, mmap_mode="r")
         return array if array.size else np.load(path)
+
+    def source(
+        self,
+        split: Split,
+        rows: Tensor | None = None,
+        labels: Tensor | None = None,
+        names: tuple[str, ...] | None = None,
+        views: LiveViews | None = None,
+        device: torch.device | str = "cpu",
+    ) -> PixelSource:
+        """Pictures of a split in these views."""
+        return PixelSource(self, split, rows, labels, views.pixels if views else None, device=device)
 
 
 class PixelSource:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,8 +162,9 @@ class HFText:
 
     def infos(self, length: int) -> InputInfos:
         """Names and shapes of the levels, (hidden size, 1) each."""
-        width = int(self._check_config()["hidden_size"])
-        return {f"{self.modality}.{i}": InputInfo((width, 1), self.modality) for i in range(len(self.layers))}
+        return {
+            f"{self.modality}.{i}": InputInfo((self.width, 1), self.modality) for i in range(len(self.layers))
+        }
 
     def encode(self, samples: list[str], length: int) -> Inputs:
         """Masked means (B, C, 1) of the chosen layers, float32 on the CPU.
@@ -170,10 +172,9 @@ class HFText:
         Texts are sorted by length so that little is padded; the order of `samples` changes nothing.
         """
         self.load()
-        tokens = self._tokens(samples)
+        tokens = self._tokens(samples, self.max_tokens)
         order = sorted(range(len(tokens)), key=lambda i: (len(tokens[i]), tokens[i]))
-        width = int(self._check_config()["hidden_size"])
-        levels = [torch.empty(len(samples), width, 1) for _ in self.layers]
+        levels = [torch.empty(len(samples), self.width, 1) for _ in self.layers]
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             means = self._means([tokens[i] for i in rows])
@@ -181,15 +182,46 @@ class HFText:
                 level[rows] = mean.float().cpu().unsqueeze(-1)
         return {f"{self.modality}.{i}": level for i, level in enumerate(levels)}
 
-    def _tokens(self, samples: list[str]) -> list[list[int]]:
+    @property
+    def width(self) -> int:
+        """C, the number of values of a token's hidden state."""
+        return int(self._check_config()["hidden_size"])
+
+    def sequences(self, samples: list[str], positions: int) -> tuple[Tensor, Tensor]:
+        """The hidden states of each token in the last of the chosen layers, in place of their mean.
+
+        Args:
+            samples: B texts.
+            positions: tokens that are kept; longer texts are cut, as after `max_tokens`.
+
+        Returns:
+            (B, positions, C) float32 on the CPU, zero after a text's end, and (B,) numbers of its tokens.
+        """
+        self.load()
+        tokens = self._tokens(samples, min(positions, self.max_tokens))
+        order = sorted(range(len(tokens)), key=lambda i: (len(tokens[i]), tokens[i]))
+        states = torch.zeros(len(samples), positions, self.width)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            found, mask = self._states([tokens[i] for i in rows])
+            states[rows, : mask.shape[1]] = (found[self.layers[-1]].float() * mask[..., None]).cpu()
+        return states, torch.tensor([len(text) for text in tokens], dtype=torch.long)
+
+    def _tokens(self, samples: list[str], longest: int) -> list[list[int]]:
         if not samples:
             return []
         with self._lock:  # a fast tokenizer's truncation is state, and is set at each call
-            encoded = self._tokenizer(samples, truncation=True, max_length=self.max_tokens, padding=False)
+            encoded = self._tokenizer(samples, truncation=True, max_length=longest, padding=False)
         return encoded["input_ids"]
 
     def _means(self, tokens: list[list[int]]) -> list[Tensor]:
         """Masked means (B, C) of the chosen layers for texts given as tokens."""
+        states, mask = self._states(tokens)
+        weights = (mask / mask.sum(1, keepdim=True)).unsqueeze(1)  # (B, 1, T)
+        return [torch.bmm(weights, states[layer].float()).squeeze(1) for layer in self.layers]
+
+    def _states(self, tokens: list[list[int]]) -> tuple[Sequence[Tensor], Tensor]:
+        """Hidden states (B, T, C) of all layers for texts given as tokens, and the (B, T) mask of tokens."""
         longest = max(map(len, tokens))
         ids = torch.full((len(tokens), longest), self._tokenizer.pad_token_id or 0)
         mask = torch.zeros(len(tokens), longest, dtype=torch.long)
@@ -201,8 +233,7 @@ class HFText:
         bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
         with torch.inference_mode(), bfloat16:
             states = self._model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        weights = (mask / mask.sum(1, keepdim=True)).unsqueeze(1)  # (B, 1, T)
-        return [torch.bmm(weights, states[layer].float()).squeeze(1) for layer in self.layers]
+        return states, mask
 
     def fit(self, samples: Any) -> None:
         """Nothing to learn."""

@@ -61,14 +61,14 @@ class PixelViews:
         """A view of each picture.
 
         Args:
-            images: (B, 3, H, W) uint8.
-            mean: (3,) of values in [0, 1].
-            std: (3,) of values in [0, 1].
+            images: (B, 3, H, W) uint8, or (B, 1, H, W) grey ones, which colours do not change.
+            mean: of values in [0, 1] by channel.
+            std: of values in [0, 1] by channel.
             generator: source of all randomness, on any device.
             second: whether this is the second view of a pair.
 
         Returns:
-            (B, 3, H, W) float32, normalised.
+            float32 of the same shape, normalised.
         """
         draw = _Draw(len(images), generator, images.device)
         if self.crop_padding or self.flip:
@@ -163,6 +163,8 @@ def chosen(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 def to_grey(pixels: Tensor) -> Tensor:
     """(B, 1, H, W) grey values."""
+    if pixels.shape[1] == 1:
+        return pixels
     return torch.einsum("bchw,c->bhw", pixels, pixels.new_tensor(GREY))[:, None]
 
 
@@ -187,6 +189,8 @@ def _away(pixels: Tensor, origin: Tensor, factor: Tensor) -> Tensor:
 
 def hue(pixels: Tensor, shift: Tensor) -> Tensor:
     """Hues turned by (B,) shifts in turns, at the same saturation and value (HSV)."""
+    if pixels.shape[1] == 1:
+        return pixels
     value, brightest = pixels.max(1)  # (B, H, W)
     chroma = value - pixels.amin(1)
     red, green, blue = pixels.unbind(1)

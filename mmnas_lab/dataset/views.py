@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -122,6 +123,40 @@ class TextViews:
         return {"family": "text", "version": 1, "strength": self.strength}
 
 
+class TokenViews:
+    """Views of a text that is kept as features of its tokens: a span left out, single tokens left out.
+
+    The probabilities are those of `TextViews`; sentences keep their order, as tokens do not tell where they
+    end. At least one token stays.
+
+    Args:
+        strength: factor of both probabilities; 0 leaves texts unchanged.
+
+    Raises:
+        InputError: a negative strength.
+    """
+
+    def __init__(self, strength: float = 1.0) -> None:
+        self.strength = checked_strength("TokenViews", strength)
+
+    def __call__(self, sample: np.ndarray[Any, Any], generator: torch.Generator) -> np.ndarray[Any, Any]:
+        """Fewer of the (T, D) tokens."""
+        if self.strength == 0:
+            return sample
+        cut, length, start = torch.rand(3, generator=generator, device=generator.device).tolist()
+        fate = torch.rand(len(sample), generator=generator, device=generator.device).cpu()
+        kept = fate >= min(0.2 * self.strength, 1.0)
+        if cut < 0.5 * self.strength:
+            span = int(length * (0.2 * len(sample) + 1))
+            first = int(start * (len(sample) - span + 1))
+            kept[first : first + span] = False
+        kept[fate.argmax()] = True
+        return sample[kept.numpy()]
+
+    def settings(self) -> dict[str, Any]:
+        return {"family": "tokens", "version": 1, "strength": self.strength}
+
+
 class FeatureViews:
     """Views of standardised features, for cached ones above all; every sample has its own draws.
 
@@ -163,21 +198,31 @@ class FeatureViews:
         Raises:
             InputError: `drop_modality` times the number of modalities exceeds 1.
         """
-        views = {name: self._perturb(inputs[name], generator) for name in sorted(inputs)}
+        views = {name: self.perturbed(inputs[name], generator) for name in sorted(inputs)}
         modalities = sorted({modality_of[name] for name in inputs})
         if self.drop_modality > 0 and len(modalities) > 1:
-            if self.drop_modality * len(modalities) > 1 + 1e-6:
-                raise InputError(
-                    f"drop_modality={self.drop_modality:g} for each of {len(modalities)} modalities "
-                    f"({', '.join(modalities)}) exceeds 1 in sum; use at most {1 / len(modalities):.3g}"
-                )
-            num_samples = len(next(iter(inputs.values())))
-            draws = torch.rand(num_samples, generator=generator, device=generator.device)
-            lost = (draws / self.drop_modality).long()  # (B,) number of the modality; beyond the last: none
-            for name, features in views.items():
-                kept = (lost != modalities.index(modality_of[name])).to(features.device)
-                views[name] = torch.where(kept.reshape(-1, *[1] * (features.ndim - 1)), features, 0.0)
+            present = self.present(modalities, len(next(iter(inputs.values()))), generator)
+            views = {name: kept_where(present[modality_of[name]], views[name]) for name in views}
         return {name: views[name] for name in inputs}
+
+    def present(
+        self, modalities: list[str], num_samples: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Which samples keep which modality, (B,) bool each; a single modality is always kept.
+
+        Raises:
+            InputError: `drop_modality` times the number of modalities exceeds 1.
+        """
+        if self.drop_modality == 0 or len(modalities) == 1:
+            return {modality: torch.ones(num_samples, dtype=torch.bool) for modality in modalities}
+        if self.drop_modality * len(modalities) > 1 + 1e-6:
+            raise InputError(
+                f"drop_modality={self.drop_modality:g} for each of {len(modalities)} modalities "
+                f"({', '.join(modalities)}) exceeds 1 in sum; use at most {1 / len(modalities):.3g}"
+            )
+        draws = torch.rand(num_samples, generator=generator, device=generator.device)
+        lost = (draws / self.drop_modality).long()  # (B,) number of the modality; beyond the last: none
+        return {modality: lost != i for i, modality in enumerate(modalities)}
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -188,7 +233,8 @@ class FeatureViews:
             "drop_modality": self.drop_modality,
         }
 
-    def _perturb(self, features: Tensor, generator: torch.Generator) -> Tensor:
+    def perturbed(self, features: Tensor, generator: torch.Generator) -> Tensor:
+        """Values with dropout and noise."""
         device = generator.device
         if self.dropout > 0:
             kept = torch.rand(features.shape, generator=generator, device=device) >= self.dropout
@@ -197,6 +243,11 @@ class FeatureViews:
             noise = torch.randn(features.shape, generator=generator, device=device)
             features = features + self.noise * noise.to(features.device, features.dtype)
         return features
+
+
+def kept_where(present: Tensor, values: Tensor) -> Tensor:
+    """Values (B, ...), zero for the samples that (B,) `present` does not mark."""
+    return torch.where(present.to(values.device).reshape(-1, *[1] * (values.ndim - 1)), values, 0.0)
 
 
 def checked_strength(family: str, strength: float) -> float:
