@@ -17,7 +17,6 @@ Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[int, Field(ge=0)]
 
 StageName = Literal["backbone", "features", "search", "pretrain", "train", "test"]
-BaselineName = Literal["text", "image", "two_stream", "late_fusion", "random_genotype"]
 Node = dict[str, Any]
 
 
@@ -180,7 +179,7 @@ class Config(Model):
     seed: Amount
     labelled_share: float
     stages: list[StageName]
-    baselines: list[BaselineName]
+    baselines: list[str]
     random_draws: Count
     output: str
     dataset: Node

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmnas_lab import distributed
-from mmnas_lab.build import build, build_with_facts, target
+from mmnas_lab.build import build, build_with_facts, near, target
 from mmnas_lab.config import Config
 from mmnas_lab.data import Data
 from mmnas_lab.dataset.long_tail import LongTail
@@ -70,6 +70,7 @@ class Experiment:
         self.numerics = {"devices": config.trainer.devices, "precision": config.trainer.precision}
         self._refuse_what_does_not_fit()
         self.data = Data(config, self.root, self.space.length, runtime, self.objective)
+        self._refuse_unknown_baselines()
         self.results: dict[str, StageResult] = self.data.stages
         if self.needs_labels:
             self.data.labels("train")  # early, before anything is computed
@@ -84,6 +85,13 @@ class Experiment:
                 f"search.regularisers penalise mixing weights, and strategy={self.strategy.name} has none; "
                 "choose strategy=bilevel, or leave them out"
             )
+
+    def _refuse_unknown_baselines(self) -> None:
+        own = {"fusion": ["two_stream"], "mixers": ["m2_mixer"]}.get(self.space.name, [])
+        known = [*self.data.dataset.modalities, *own, "late_fusion", "random_genotype"]
+        for name in self.config.baselines:
+            if name not in known:
+                raise InputError(f"baselines={name}: no such option; {near(name, known)}")
 
     def _refuse_batches_larger_than_the_data(self) -> None:
         """Contrastive stages need whole batches; better said now than after the features."""

@@ -179,9 +179,11 @@ def assemble(
         network = experiment.space.build(found.genotype, experiment.data.cache.infos)
         parameters = {"network": sum(p.numel() for p in network.parameters())}
         if "train" in found.stages:
-            parameters["head"] = network.info.embedding * len(experiment.data.dataset.classes) + len(
-                experiment.data.dataset.classes
-            )
+            from safetensors.torch import load_file
+
+            trained = load_file(found.stages["train"].folder / "network.safetensors")
+            head = (value for name, value in trained.items() if name.startswith("objective."))
+            parameters["head"] = sum(value.numel() for value in head)
     data: dict[str, Any] = {
         "name": experiment.data.dataset.name,
         "fingerprint": experiment.data.dataset.fingerprint(),
@@ -232,9 +234,12 @@ def _draw_search(experiment: Experiment, search: StageResult, folder: Path) -> N
     """Pictures of how the search went: weights of every edge, reconstructions over the epochs."""
     from safetensors.numpy import load_file
 
+    from mmnas_lab.report.decision_drawing import draw_decisions
     from mmnas_lab.report.edge_weights import draw_edge_weights
     from mmnas_lab.report.reconstructions import draw_reconstructions, picture_names
 
+    if (search.folder / "decisions.json").exists():
+        draw_decisions(search.folder / "decisions.json", folder / "decisions.png")
     draw_edge_weights(search.folder / "trace.json", folder / "edge_weights.png")
     if (search.folder / "snapshots.safetensors").exists():
         snapshots = load_file(search.folder / "snapshots.safetensors")
@@ -246,7 +251,7 @@ def _draw_search(experiment: Experiment, search: StageResult, folder: Path) -> N
 def leave(experiment: Experiment, found: Found | None, folder: Path, summary: dict[str, Any]) -> None:
     """Write the run's folder: genotype, drawings, metrics, curves, network, and the record last."""
     from mmnas_lab.report.cell_drawing import draw_cells
-    from mmnas_lab.report.curves import draw_curves
+    from mmnas_lab.report.curves import draw_curves, drawable
     from mmnas_lab.report.fusion_drawing import draw_fusion
     from mmnas_lab.report.mixer_drawing import draw_mixers
 
@@ -268,7 +273,8 @@ def leave(experiment: Experiment, found: Found | None, folder: Path, summary: di
         _draw_search(experiment, search, folder)
     if histories:
         trace = search.folder / "trace.json" if search is not None else None
-        draw_curves(folder / "metrics.csv", trace, folder / "curves.png")
+        if drawable(folder / "metrics.csv", trace):
+            draw_curves(folder / "metrics.csv", trace, folder / "curves.png")
     if found is not None and "train" in found.stages:
         record.copy(found.stages["train"].folder / "network.safetensors", folder / "network.safetensors")
     record.write_record(folder, summary)

@@ -118,6 +118,12 @@ def draw_curves(metrics_csv: Path, trace_json: Path | None, path: Path) -> None:
         figure.savefig(path, dpi=150)
 
 
+def drawable(metrics_csv: Path, trace_json: Path | None) -> bool:
+    """Whether `draw_curves` has a panel to draw: the scores of micro-benchmarks alone are no curves."""
+    metrics, trace = _read_metrics(metrics_csv), _read_trace(trace_json)
+    return bool(_search_panels(metrics) or _weight_panels(trace) or _run_panels(metrics))
+
+
 def curves_figure(metrics: Metrics, trace: dict[str, Any]) -> Figure:
     """The picture of `draw_curves` as a figure with one titled axes a panel."""
     stages = [_search_panels(metrics), _weight_panels(trace), _run_panels(metrics)]

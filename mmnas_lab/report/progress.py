@@ -98,7 +98,13 @@ class ProgressReport:
     def finish(self, folder: Path, record: dict[str, Any]) -> None:
         """Show the run's result as a table, and hand pictures and record to the loggers."""
         for listener in self.listeners:
-            for name in ("genotype.png", "curves.png", "edge_weights.png", "reconstructions.png"):
+            for name in (
+                "genotype.png",
+                "curves.png",
+                "edge_weights.png",
+                "reconstructions.png",
+                "decisions.png",
+            ):
                 if (folder / name).exists():
                     listener.image(name.split(".")[0], folder / name)
             files = [

@@ -24,7 +24,7 @@ class Fixed:
 
     Args:
         genotype: path of a `genotype.json`, as a run leaves it, or the name of a published genotype of the
-            space (`DARTS_V2`).
+            space (`DARTS_V2`), or of one of its fixed networks (`m2_mixer`, a modality).
     """
 
     name = "fixed"
@@ -53,12 +53,14 @@ class Fixed:
     def search(self, problem: Problem, folder: Path) -> SearchResult:
         """The given genotype, checked against the space and its inputs."""
         if self.data is None:
-            if not hasattr(problem.space, "published"):
+            try:
+                genotype = problem.space.fixed(self.published, problem.inputs)
+            except InputError as error:
                 raise InputError(
-                    f"strategy.genotype: no file '{self.published}', and space '{problem.space.name}' has no "
-                    "published genotypes; give the genotype.json of a finished run"
-                )
-            return SearchResult(problem.space.published(self.published), {}, {"name": "published"})
+                    f"strategy.genotype: no file '{self.published}', and space '{problem.space.name}' knows "
+                    f"no such network ({error}); give the genotype.json of a finished run"
+                ) from None
+            return SearchResult(genotype, {}, {"name": "published"})
         return SearchResult(problem.space.parse(self.data, problem.inputs), {}, {"name": "fixed"})
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from mmnas_lab.types import InputError
 
 Protocol = Literal["intended", "released_code"]
-MAPS = ("image", "audio")
+MAPS = ("image", "audio", "video")
+"""Kinds that are cut into patches; the frames of a video (T, H, W) are its channels."""
 SEQUENCES = ("text", "series", "skeleton")
-KINDS = (*MAPS, *SEQUENCES, "tabular", "video")
+KINDS = (*MAPS, *SEQUENCES, "tabular")
 FUSED = "fused"
 """The kind of a fusion network's input: tokens (N, D)."""
 

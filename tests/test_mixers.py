@@ -1,0 +1,93 @@
+"""Searches of mixers, end to end: micro-benchmarks with and without labels, and fixed networks."""
+
+import json
+
+import numpy as np
+import pytest
+from shared_data import FOLDER, needs
+
+from mmnas_lab.runner import run
+from mmnas_lab.study import compose, open_experiment
+from mmnas_lab.types import InputError
+
+SMOKE = ["scale=smoke", "trainer.threads=1"]
+
+
+@pytest.fixture(scope="module")
+def admissions(tmp_path_factory):
+    """Arrays of MIMIC-III's form, of which both modalities tell something of the class."""
+    rng = np.random.default_rng(0)
+    count = 240
+    death = rng.integers(0, 2, count)
+    static = rng.normal(size=(count, 5)) + death[:, None]
+    series = rng.normal(size=(count, 24, 12)) + death[:, None, None]
+    labels = np.zeros((count, 6), np.int64)
+    labels[:, 1] = death
+    path = tmp_path_factory.mktemp("mimic") / "mimic3.npz"
+    arrays = {
+        "adm_features_all": static, "ep_tdata": series, "adm_labels_all": labels,
+        "y_icd9": rng.integers(0, 2, (count, 20)),
+    }  # fmt: skip
+    np.savez(path, **arrays)
+    return path
+
+
+def configuration(experiment, path, output, *overrides):
+    where = [f"experiment={experiment}", f"dataset.path={path}", f"output={output}"]
+    return compose([*where, *SMOKE, *overrides])
+
+
+def test_mixmas_runs_to_its_record_and_adds_a_candidate_later(admissions, tmp_path):
+    folder = run(configuration("mixmas_mimic3", admissions, tmp_path))
+    record = json.loads((folder / "record.json").read_text())
+    assert record["genotype"]["space"] == "mixers"
+    assert set(record["genotype"]["encoders"]) == {"series", "tabular"}
+    assert {"m2_mixer", "late_fusion", "random_genotype"} <= record["baselines"].keys()
+    assert "auroc_macro" in record["metrics"]["test"] or "auroc" in record["metrics"]["test"]
+    decisions = record["selection"]["search"]["decisions"]
+    assert [name for name in decisions if name.startswith("fusion")] == ["fusion_function", "fusion_network"]
+    assert not record["label_free"]
+    for name in ("genotype.png", "decisions.png"):
+        assert (folder / name).stat().st_size > 1000
+    assert (tmp_path / "scores.sqlite").exists()
+    more = run(
+        configuration(
+            "mixmas_mimic3", admissions, tmp_path, "stages=[features,search]",
+            "search_space.fusion_functions=[concat,mean,max,sum]",
+        )
+    )  # fmt: skip
+    again = json.loads((more / "record.json").read_text())["selection"]["search"]
+    assert again["new_scores"] in (1, 2)  # the new function, and the network after it if it is taken
+    for function, option in decisions["fusion_function"]["options"].items():
+        assert again["decisions"]["fusion_function"]["options"][function] == option
+
+
+def test_m2_mixer_is_trained_by_its_name(admissions, tmp_path):
+    folder = run(configuration("m2_mixer_mimic3", admissions, tmp_path))
+    genotype = json.loads((folder / "genotype.json").read_text())
+    assert genotype["fusion_function"] == "concat"
+    assert "mlp_mixer" in genotype["encoders"].values()
+
+
+def test_micro_benchmarks_without_labels(admissions, tmp_path):
+    values = configuration(
+        "mixmas_mimic3", admissions, tmp_path, "objective=nt_xent", "search.batch_size=16",
+        "stages=[features,search]", "search.views.dropout=0.2",
+    )  # fmt: skip
+    record = json.loads((run(values) / "record.json").read_text())
+    assert record["label_free"]
+    assert record["selection"]["search"]["name"] == "loss"
+
+
+@pytest.mark.parametrize("baseline", ["two_stream", "audio"])
+def test_baselines_that_the_space_has_not_are_refused_early(admissions, tmp_path, baseline):
+    with pytest.raises(InputError, match="baselines"):
+        open_experiment(configuration("mixmas_mimic3", admissions, tmp_path, f"baselines=[{baseline}]"))
+
+
+@needs("utd_mhad")
+def test_three_real_modalities(tmp_path):
+    overrides = ["stages=[features,search]", "baselines=[]"]
+    folder = run(configuration("mixmas_utd_mhad", FOLDER / "utd_mhad", tmp_path, *overrides))
+    genotype = json.loads((folder / "genotype.json").read_text())
+    assert list(genotype["encoders"]) == ["skeleton", "inertial", "depth"]
