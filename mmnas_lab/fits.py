@@ -75,23 +75,28 @@ def strategies() -> dict[str, Any]:
     return {name: build(node, "strategy") for name, node in nodes("strategy").items()}
 
 
+def spaces() -> dict[str, Any]:
+    """The bundled search spaces with their defaults."""
+    # As their files say: a composed one also holds what the default experiment sets.
+    return {
+        path.stem: build_with_facts(yaml.safe_load(path.read_text()), "search_space", {})
+        for path in sorted((CONF / "search_space").glob("*.yaml"))
+    }
+
+
 def table() -> str:
     """What fits what, in Markdown: a column a search space, a row a strategy or objective."""
-    # As their files say: a composed one also holds what the default experiment sets.
-    files = sorted((CONF / "search_space").glob("*.yaml"))
-    spaces = {
-        path.stem: build_with_facts(yaml.safe_load(path.read_text()), "search_space", {}) for path in files
-    }
+    every = spaces()
     lines = [
-        f"| | {' | '.join(f'`{name}`' for name in spaces)} |",
-        f"|---|{':---:|' * len(spaces)}",
+        f"| | {' | '.join(f'`{name}`' for name in every)} |",
+        f"|---|{':---:|' * len(every)}",
     ]
     rows = {
-        f"`strategy={name}`": [strategy_unfit(strategy, space) for space in spaces.values()]
+        f"`strategy={name}`": [strategy_unfit(strategy, space) for space in every.values()]
         for name, strategy in strategies().items()
     }
     rows |= {
-        f"`objective={name}`": [objective_unfit(node, space) for space in spaces.values()]
+        f"`objective={name}`": [objective_unfit(node, space) for space in every.values()]
         for name, node in nodes("objective").items()
     }
     for label, reasons in rows.items():

@@ -2,11 +2,11 @@
 
     python scripts/mixmas_study.py --physionet2012 <folder> --utd_mhad <folder> --avmnist <folder>
 
-Looked for, written down before the first run: the found network is above a random pick of the same vocabulary and
+Looked for, written down before the first run: the found network is above a random pick of its vocabulary and
 above M2-Mixer on every dataset, as in the paper's table II; and above the best single modality.
 
-One row of `results/mixmas.jsonl` for each dataset and seed, with the decisions of the search; what is there is
-not computed again. Sizes are those of scale=cpu, so nothing here is to be set beside a paper's figure.
+One row of `results/mixmas.jsonl` for each dataset and seed, with the decisions of the search; what is there
+is not computed again. Sizes are those of scale=cpu, so nothing here is to be set beside a paper's figure.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OVERRIDES = {
     "physionet2012": ["baselines=[series,tabular,m2_mixer,late_fusion,random_genotype]"],
     "utd_mhad": [
         "baselines=[skeleton,inertial,depth,m2_mixer,late_fusion,random_genotype]",
-        "strategy.epochs=20",  # 263 training samples
+        "search.epochs=20",  # 263 training samples
         "train.epochs=100",
     ],
     "avmnist": [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from mmnas_lab.report.mechanisms import report_mechanisms
 from mmnas_lab.report.studies import collect_posters, report_fusion_table, report_posters
 
 
@@ -22,7 +23,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.collect is not None:
         print(f"{collect_posters(arguments.collect, arguments.results)} new rows")
-    for write in (report_posters, report_fusion_table):
+    for write in (report_posters, report_fusion_table, report_mechanisms):
         for path in write(arguments.results):
             print(path)
 

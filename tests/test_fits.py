@@ -5,19 +5,18 @@ from pathlib import Path
 import pytest
 from cli_support import TINY, one_message, run, succeed
 from test_cells import write
+from test_mixers import write_admissions
 
-from mmnas_lab.fits import nodes, objective_unfit, strategies, strategy_unfit, table
-from mmnas_lab.search_space.cnn_cells.space import CnnCellSpace
-from mmnas_lab.search_space.fusion.space import FusionSpace
+from mmnas_lab.fits import nodes, objective_unfit, spaces, strategies, strategy_unfit, table
 
 ROOT = Path(__file__).resolve().parent.parent
-SPACES = {"fusion": FusionSpace, "cnn_cells": CnnCellSpace}
-STRATEGIES, OBJECTIVES = strategies(), nodes("objective")
+STRATEGIES, OBJECTIVES, SPACES = strategies(), nodes("objective"), spaces()
 STRATEGY_PAIRS = [(strategy, space) for strategy in STRATEGIES for space in SPACES if strategy != "fixed"]
 OBJECTIVE_PAIRS = [(objective, space) for objective in OBJECTIVES for space in SPACES]
 SMALL = {
     "random": ["strategy.draws=1", "strategy.epochs=2"],
     "weight_sharing": ["strategy.draws=2"],
+    "micro_benchmark": ["strategy.seeds=1"],
     "darts_es": ["strategy.early_stop.every=1"],
 }
 
@@ -26,6 +25,7 @@ SMALL = {
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fits")
     write(folder / "cifar")
+    write_admissions(folder / "mimic3.npz", 400)
     return folder
 
 
@@ -34,6 +34,9 @@ def arguments(space):
     if space == "cnn_cells":
         experiment = ["experiment=darts_cifar10", "scale=smoke", "dataset.path=cifar", "trainer.threads=1"]
         return [*experiment, "search.batch_size=30", "stages=[features,search]"]
+    if space == "mixers":
+        experiment = ["experiment=mixmas_mimic3", "scale=smoke", "dataset.path=mimic3.npz"]
+        return [*experiment, "trainer.threads=1", "search.batch_size=16", "stages=[features,search]"]
     return [*TINY, "stages=[features,search]"]
 
 
@@ -44,20 +47,21 @@ def test_the_readme_has_the_table():
 @pytest.mark.parametrize(("strategy", "space"), STRATEGY_PAIRS)
 def test_a_strategy_searches_the_spaces_that_it_fits_and_no_other(strategy, space, place):
     command = [*arguments(space), f"strategy={strategy}", *SMALL.get(strategy, [])]
-    if strategy_unfit(STRATEGIES[strategy], SPACES[space]()) is None:
+    if strategy_unfit(STRATEGIES[strategy], SPACES[space]) is None:
         succeed(*command, cwd=place)
         return
     message = one_message(run(*command, cwd=place))
-    fitting = [name for name, one in STRATEGIES.items() if strategy_unfit(one, SPACES[space]()) is None]
+    fitting = [name for name, one in STRATEGIES.items() if strategy_unfit(one, SPACES[space]) is None]
     assert all(name in message for name in fitting)
 
 
 @pytest.mark.parametrize(("objective", "space"), OBJECTIVE_PAIRS)
 def test_an_objective_drives_searches_of_the_spaces_that_it_fits_and_no_other(objective, space, place):
-    command = [*arguments(space), f"objective={objective}"]
-    if objective_unfit(OBJECTIVES[objective], SPACES[space]()) is None:
+    short = ["strategy.seeds=1"] * (space == "mixers")
+    command = [*arguments(space), f"objective={objective}", *short]
+    if objective_unfit(OBJECTIVES[objective], SPACES[space]) is None:
         succeed(*command, cwd=place)
         return
     message = one_message(run(*command, cwd=place))
-    fitting = [name for name, node in OBJECTIVES.items() if objective_unfit(node, SPACES[space]()) is None]
+    fitting = [name for name, node in OBJECTIVES.items() if objective_unfit(node, SPACES[space]) is None]
     assert all(name in message for name in fitting)

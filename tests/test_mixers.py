@@ -13,23 +13,25 @@ from mmnas_lab.types import InputError
 SMOKE = ["scale=smoke", "trainer.threads=1"]
 
 
-@pytest.fixture(scope="module")
-def admissions(tmp_path_factory):
+def write_admissions(path, count):
     """Arrays of MIMIC-III's form, of which both modalities tell something of the class."""
     rng = np.random.default_rng(0)
-    count = 240
     death = rng.integers(0, 2, count)
-    static = rng.normal(size=(count, 5)) + death[:, None]
-    series = rng.normal(size=(count, 24, 12)) + death[:, None, None]
     labels = np.zeros((count, 6), np.int64)
     labels[:, 1] = death
-    path = tmp_path_factory.mktemp("mimic") / "mimic3.npz"
-    arrays = {
-        "adm_features_all": static, "ep_tdata": series, "adm_labels_all": labels,
-        "y_icd9": rng.integers(0, 2, (count, 20)),
-    }  # fmt: skip
-    np.savez(path, **arrays)
+    np.savez(
+        path,
+        adm_features_all=rng.normal(size=(count, 5)) + death[:, None],
+        ep_tdata=rng.normal(size=(count, 24, 12)) + death[:, None, None],
+        adm_labels_all=labels,
+        y_icd9=rng.integers(0, 2, (count, 20)),
+    )
     return path
+
+
+@pytest.fixture(scope="module")
+def admissions(tmp_path_factory):
+    return write_admissions(tmp_path_factory.mktemp("mimic") / "mimic3.npz", 240)
 
 
 def configuration(experiment, path, output, *overrides):

@@ -142,6 +142,8 @@ class MaskedReconstruction(Objective):
 
     @classmethod
     def unfit(cls, space: Any, settings: Mapping[str, Any]) -> str | None:
+        if space.name == "mixers":
+            return "masked reconstruction decodes maps and pooled features, and mixers give neither"
         patches = settings.get("unit", "patch") == "patch" and settings.get("patch", 4) > 1
         if space.length is not None and patches:
             return (

@@ -196,7 +196,7 @@ def report_posters(results: Path) -> list[Path]:
         ]
     )
     return [
-        _write(results / "ssl_nas_posters.md", text),
+        write_text(results / "ssl_nas_posters.md", text),
         _figure(results / "ssl_nas_posters.png", scores, shares),
     ]
 
@@ -365,7 +365,7 @@ def report_fusion_table(results: Path) -> list[Path]:
             "",
         ]
     )
-    return [_write(results / "fusion_table.md", text)]
+    return [write_text(results / "fusion_table.md", text)]
 
 
 def _groups(
@@ -388,7 +388,8 @@ def _regrets(
     return ", ".join(regrets)
 
 
-def _write(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
+    """Write a page whole, or not at all."""
     with atomically(path) as file:
         file.write(text.encode())
     return path

@@ -49,11 +49,11 @@ class Trial:
 class MicroBenchmark:
     """Greedy search without gradients (MixMAS, arXiv 2412.18437): each choice is made before the next.
 
-    Every option is trained for some epochs on a sample of the training data, by the objective and optimizer
-    of the search, and scored on held rows: by the metric of an objective with labels, else by its loss, so
-    that without labels all encoders are compared under one protocol (ours; the paper has labels). Each
-    network is trained afresh, with a Trainer of its own, on one thread of a CPU, so that scores do not depend
-    on the number of workers.
+    Every option is trained for the epochs of the search on a sample of the training data, by the objective
+    and optimizer of the search, and scored on held rows: by the metric of an objective with labels, else by
+    its loss, so that without labels all encoders are compared under one protocol (ours; the paper has
+    labels). Each network is trained afresh, with a Trainer of its own, on one thread of a CPU, so that scores
+    do not depend on the number of workers.
 
     A difference inside the noise is a tie, and the option that computes least is taken. Scores are kept in a
     store, under everything that they depend on; adding a candidate later measures that candidate alone.
@@ -67,7 +67,6 @@ class MicroBenchmark:
             that its formula does not give.
         distance: greatest difference of a class's share between a random sample and the whole.
         held_rows: at most so many rows score; null for all.
-        epochs: of each micro-benchmark.
         seconds: end a training after that time, whatever the epochs; scores then depend on the machine.
         seeds: micro-benchmarks of each option.
         tie: standard errors of a paired difference up to which it counts as noise.
@@ -93,7 +92,6 @@ class MicroBenchmark:
         fraction: float | None = None,
         distance: float = 0.05,
         held_rows: int | None = 1000,
-        epochs: int = 10,
         seconds: float | None = None,
         seeds: int = 3,
         tie: float = 2.0,
@@ -101,7 +99,7 @@ class MicroBenchmark:
         workers: int = 1,
         store: str | None = None,
     ) -> None:
-        for name, value in (("epochs", epochs), ("seeds", seeds), ("workers", workers)):
+        for name, value in (("seeds", seeds), ("workers", workers)):
             if value < 1:
                 raise InputError(f"strategy.{name} must be at least 1, got {value}")
         if z <= 0 or not 0 < p < 1 or not 0 < epsilon < 1:
@@ -116,7 +114,7 @@ class MicroBenchmark:
             raise InputError("strategy.tie must not be negative, and strategy.seconds must be positive")
         self.sampling: Sampling = sampling
         self.z, self.p, self.epsilon, self.fraction, self.distance = z, p, epsilon, fraction, distance
-        self.held_rows, self.epochs, self.seconds, self.seeds = held_rows, epochs, seconds, seeds
+        self.held_rows, self.seconds, self.seeds = held_rows, seconds, seeds
         self.tie, self.halving, self.workers, self.store = tie, halving, workers, store
 
     def settings(self) -> dict[str, Any]:
@@ -173,18 +171,16 @@ class MicroBenchmark:
     def _decide(self, choice: Choice, genotypes: Mapping[str, Any], bench: Bench, measure: Any) -> Decision:
         """Measure the options, with halving the better ones longer, and take one."""
         options = list(choice.options)
-        rungs = [max(1, self.epochs // 4), max(1, self.epochs // 2)] if self.halving else []
-        for epochs in rungs:
+        epochs = bench.problem.settings.epochs
+        rungs = [max(1, epochs // 4), max(1, epochs // 2)] if self.halving else []
+        for rung in rungs:
             if len(options) > 1:
                 means = {
-                    o: np.mean(s)
-                    for o, s in self._scores(choice, options, genotypes, epochs, measure).items()
+                    o: np.mean(s) for o, s in self._scores(choice, options, genotypes, rung, measure).items()
                 }
                 kept = sorted(options, key=lambda option: (-means[option], options.index(option)))
                 options = [option for option in options if option in kept[: math.ceil(len(options) / 2)]]
-        scores = (
-            self._scores(choice, options, genotypes, self.epochs, measure) if len(choice.options) > 1 else {}
-        )
+        scores = self._scores(choice, options, genotypes, epochs, measure) if len(choice.options) > 1 else {}
         if not scores:  # nothing to choose
             return Decision(options[0], {options[0]: []}, (options[0],), None, {options[0]: 0})
         flops = {option: bench.flops(genotypes[option]) for option in options}

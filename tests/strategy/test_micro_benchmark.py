@@ -56,9 +56,9 @@ def space(**more):
     return MixerSpace(encoders, ["concat", "mean"], {"mlp_mixer": MLP, "hyper_mixer": HYPER}, width=4)
 
 
-def problem(folder, one=None):
+def problem(folder, one=None, epochs=2):
     settings = Search(
-        epochs=1, batch_size=8, optimizer=Optimizer(lr=0.02), arch_optimizer=Optimizer(), on="train_val"
+        epochs=epochs, batch_size=8, optimizer=Optimizer(lr=0.02), arch_optimizer=Optimizer(), on="train_val"
     )
 
     def objective(info):
@@ -71,13 +71,13 @@ def problem(folder, one=None):
 
 
 def strategy(**settings):
-    return MicroBenchmark(**{"epochs": 2, "seeds": 2, "fraction": 0.5, "distance": 0.2, **settings})
+    return MicroBenchmark(**{"seeds": 2, "fraction": 0.5, "distance": 0.2, **settings})
 
 
-def searched(folder, one=None, **settings):
+def searched(folder, one=None, epochs=2, **settings):
     folder.mkdir(exist_ok=True)
     (folder / "search").mkdir(exist_ok=True)
-    return strategy(**settings).search(problem(folder, one), folder / "search")
+    return strategy(**settings).search(problem(folder, one, epochs), folder / "search")
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_a_clear_difference_wins_and_noise_is_a_tie_broken_by_cost():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"epochs": 0}, {"seeds": 0}, {"workers": 0}, {"fraction": 0.0}, {"z": 0.0}, {"p": 1.0}, {"held_rows": 0},
+    [{"seeds": 0}, {"workers": 0}, {"fraction": 0.0}, {"z": 0.0}, {"p": 1.0}, {"held_rows": 0},
      {"tie": -1.0}, {"seconds": 0.0}],
 )  # fmt: skip
 def test_impossible_settings_are_refused(settings):
