@@ -33,9 +33,9 @@ def report_mechanisms(results: Path) -> list[Path]:
         "# Mechanisms of cell searches, measured on small supernets",
         "Real CIFAR-10 (recompressed), pictures of 16 x 16 instead of 32 x 32; supernets of 3 cells of 2 "
         "nodes with C 4 (the papers: 8 cells of 4 nodes, C 16), so a cell keeps 4 of 5 edges; 1,022 or "
-        "1,044 steps of the architecture. Ours, at this scale; not to be set beside the papers' figures. What "
-        "was looked for was written down before the first run, in `scripts/cell_mechanisms.py`. Intervals are "
-        "95 %, paired over seeds where two arms are compared.",
+        "1,044 steps of the architecture. Ours, at this scale; not to be set beside the papers' figures. "
+        "What was looked for was written down before the first run, in `scripts/cell_mechanisms.py`. "
+        "Intervals are 95 %, paired over seeds where two arms are compared.",
         _masking(rows),
         _sharpening(rows),
         _long_tail(rows),
