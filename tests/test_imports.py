@@ -23,6 +23,7 @@ ORDER = [
     "training",
     "testing",
     "encoder_training",
+    "score_store",
     "strategy",
     "record",
     "study_rows",
