@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from mmnas_lab.types import InputError, Split, Task
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+CHUNK_ROWS = 64
 
 
 class Dataset(Protocol):
@@ -34,11 +35,15 @@ class Dataset(Protocol):
         """Identity of each row, unique over all splits."""
 
     def read(self, split: Split, modality: str, rows: Sequence[int]) -> list[Any]:
-        """Raw samples of one modality, in the form of its kind.
+        """Raw samples of one modality; those that are arrays all have one shape.
 
-        image: `PIL.Image` in mode RGB or L; text: `str`; the others float32 arrays of one shape a dataset:
-        audio (1, F, T), a log-spectrogram in [0, 1]; series (T, F); skeleton (T, J, 3) coordinates of J
-        joints; tabular (F,); video (T, H, W).
+        - image: `PIL.Image` in mode RGB, or in mode L where the dataset's pictures are grey.
+        - text: `str`.
+        - audio: float32 array (1, F, T), a log-spectrogram in [0, 1], the lowest frequency first.
+        - series: float32 array (T, F), without gaps.
+        - skeleton: float32 array (T, J, 3), places of J joints.
+        - tabular: float32 array (F,), without gaps.
+        - video: float32 array (T, H, W) in [0, 1].
         """
 
     def unreadable(self, split: Split) -> dict[int, str]:
@@ -80,3 +85,10 @@ class LabelFree:
         if name in {"labels", "label_fingerprint", "classes", "task"}:
             raise InputError(f"a label-free stage asked for '{name}' of dataset '{self.name}'")
         raise AttributeError(name)
+
+
+def training_samples(dataset: LabelFree, modality: str) -> Iterator[Any]:
+    """Raw training samples of one modality, read in chunks."""
+    count = len(dataset.ids("train"))
+    for start in range(0, count, CHUNK_ROWS):
+        yield from dataset.read("train", modality, range(start, min(start + CHUNK_ROWS, count)))

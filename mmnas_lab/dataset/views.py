@@ -1,4 +1,4 @@
-"""Label-free views of a sample: one family a modality kind, and one on features of all modalities."""
+"""Label-free views of a picture or a text, and of features of all modalities; arrays: `signal_views`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ImageViews:
     """
 
     def __init__(self, strength: float = 1.0) -> None:
-        self.strength = _checked_strength("ImageViews", strength)
+        self.strength = checked_strength("ImageViews", strength)
         self._transforms: dict[tuple[int, int], Callable[[Image.Image], Image.Image]] = {}
 
     def __call__(self, sample: Image.Image, generator: torch.Generator) -> Image.Image:
@@ -96,7 +96,7 @@ class TextViews:
     """
 
     def __init__(self, strength: float = 1.0) -> None:
-        self.strength = _checked_strength("TextViews", strength)
+        self.strength = checked_strength("TextViews", strength)
 
     def __call__(self, sample: str, generator: torch.Generator) -> str:
         if self.strength == 0 or not sample.strip():
@@ -137,7 +137,7 @@ class TokenViews:
     """
 
     def __init__(self, strength: float = 1.0) -> None:
-        self.strength = _checked_strength("TokenViews", strength)
+        self.strength = checked_strength("TokenViews", strength)
 
     def __call__(self, sample: np.ndarray[Any, Any], generator: torch.Generator) -> np.ndarray[Any, Any]:
         """Fewer of the (T, D) tokens."""
@@ -245,14 +245,15 @@ class FeatureViews:
         return features
 
 
-def kept_where(present: Tensor, values: Tensor) -> Tensor:
-    """Values (B, ...), zero for the samples that (B,) `present` does not mark."""
-    return torch.where(present.to(values.device).reshape(-1, *[1] * (values.ndim - 1)), values, 0.0)
-
-
-def _checked_strength(family: str, strength: float) -> float:
+def checked_strength(family: str, strength: float) -> float:
+    """The strength of a family of views. Raises InputError where it is negative or not finite."""
     if not 0 <= strength < float("inf"):
         raise InputError(
             f"{family} needs strength >= 0, got {strength}; 0 leaves samples unchanged, 1 is usual"
         )
     return float(strength)
+
+
+def kept_where(present: Tensor, values: Tensor) -> Tensor:
+    """Values (B, ...), zero for the samples that (B,) `present` does not mark."""
+    return torch.where(present.to(values.device).reshape(-1, *[1] * (values.ndim - 1)), values, 0.0)
