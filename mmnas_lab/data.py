@@ -136,14 +136,10 @@ class Data:
 
     @cached_property
     def families(self) -> dict[str, ViewFamily]:
-        """Views of raw samples by kind."""
+        """Views of raw samples by modality."""
         settings = self.config.features
-        return view_families(
-            self.dataset.modalities.values(),
-            settings.image_strength,
-            settings.text_strength,
-            settings.signal_strength,
-        )
+        strengths = settings.image_strength, settings.text_strength, settings.signal_strength
+        return view_families(LabelFree(self.dataset), *strengths)
 
     def arrays(self, backbone: ArrayBackbone) -> ArrayCache:
         """All samples as arrays."""
@@ -167,7 +163,8 @@ class Data:
     def features(self, backbone: Backbone, length: int) -> FeatureCache:
         """Pooled features of all splits by frozen encoders, with cached views of train and val."""
         settings = self.config.features
-        signals = {kind: f.settings() for kind, f in self.families.items() if kind in SIGNALS}
+        kinds = self.dataset.modalities
+        signals = {name: f.settings() for name, f in self.families.items() if kinds[name] in SIGNALS}
         read = settings.model_dump(exclude={"signal_strength"}) | ({"signals": signals} if signals else {})
         unlabelled = LabelFree(self.dataset)
         encoder_settings = self.config.encoder_pretrain

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from mmnas_lab import distributed
 from mmnas_lab.backbone.frozen import Backbone
 from mmnas_lab.config import Pretrain
-from mmnas_lab.dataset.base import LabelFree
+from mmnas_lab.dataset.base import LabelFree, training_samples
 from mmnas_lab.dataset.views import ViewFamily
 from mmnas_lab.loader import Batches, FixedBatches, draw_pairs
 from mmnas_lab.objective.base import Objective
@@ -25,9 +25,6 @@ from mmnas_lab.types import Batch, InputInfos, Inputs, OutputInfo, Split
 log = logging.getLogger(__name__)
 
 VERSION = 1
-
-
-CHUNK_ROWS = 64
 
 
 class SampleSource:
@@ -90,7 +87,7 @@ def prepare_encoders(
     Args:
         backbone: the encoders.
         dataset: without its labels.
-        views: a view family for each modality kind.
+        views: a view family for each modality.
         settings: of the pretraining.
         objective: makes the contrastive objective for an encoder's output.
         seed: of the pretraining; not the run's, so that all seeds share their features.
@@ -104,7 +101,7 @@ def prepare_encoders(
     for modality, encoder in backbone.encoders.items():
         if not encoder.untrained:
             continue
-        view = views[dataset.modalities[modality]]
+        view = views[modality]
 
         def compute(folder: Path, modality: str = modality, encoder: Any = encoder, view: Any = view) -> None:
             log.info("the %s encoder has no weights: pretraining it without labels", modality)
@@ -142,7 +139,7 @@ def _pretrain(
     torch.manual_seed(seed_of(*address, "init"))
     encoder.load()
     if encoder.fitted:
-        encoder.fit(_training_samples(dataset, modality))
+        encoder.fit(training_samples(dataset, modality))
     network = encoder.network()
     sources = {
         split: SampleSource(dataset, split, modality, view, encoder.tensors) for split in ("train", "val")
@@ -161,9 +158,3 @@ def _pretrain(
         unused_parameters=True,  # an image model's own classifier
     )
     trained.scored.network.cpu()
-
-
-def _training_samples(dataset: LabelFree, modality: str) -> Iterator[Any]:
-    count = len(dataset.ids("train"))
-    for start in range(0, count, CHUNK_ROWS):
-        yield from dataset.read("train", modality, range(start, min(start + CHUNK_ROWS, count)))

@@ -1,8 +1,6 @@
 """Data of every kind through the stages: small encoders for fusion, arrays for networks that read samples."""
 
 import json
-import sys
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ import torch
 from PIL import Image
 
 from mmnas_lab.backbone.raw import RawCache
+from mmnas_lab.dataset.base import LabelFree
 from mmnas_lab.dataset.families import SIGNALS, view_families
 from mmnas_lab.dataset.views import ImageViews, TextViews
 from mmnas_lab.study import compose, open_experiment
@@ -76,11 +75,8 @@ class Shift:
 
 @pytest.fixture(autouse=True)
 def signal_views(monkeypatch):
-    module = ModuleType("mmnas_lab.dataset.signal_views")
-    for name in SIGNALS.values():
-        setattr(module, name, type(name, (Shift,), {}))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return module
+    for kind in SIGNALS:
+        monkeypatch.setitem(SIGNALS, kind, type(f"{kind.title()}Shift", (Shift,), {}))
 
 
 def opened(output, dataset, *overrides):
@@ -176,13 +172,35 @@ def test_backbones_that_do_not_fit_are_refused(tmp_path):
         opened(tmp_path, Arrays, *FUSION, "backbone.series.kind=serie")
 
 
-def test_every_kind_has_a_family_of_its_strength():
-    kinds = ("text", "image", *SIGNALS)
-    families = view_families(kinds, image=0.1, text=0.2, signal=0.3)
-    assert list(families) == list(kinds)
-    assert isinstance(families["image"], ImageViews)
-    assert isinstance(families["text"], TextViews)
-    assert [families[kind].strength for kind in kinds] == [0.2, 0.1, *[0.3] * 5]
-    assert [type(families[kind]).__name__ for kind in SIGNALS] == list(SIGNALS.values())
-    with pytest.raises(InputError, match="no family of views for kind 'smell'; the kinds are image, text"):
-        view_families(["smell"])
+class Mixed:
+    """Facts of a dataset with every kind of modality and two tables."""
+
+    modalities = {"photo": "image", "plot": "text", **KINDS, "more": "tabular"}  # noqa: RUF012
+    name = "mixed"
+
+    ids = Arrays.ids
+    fingerprint = Arrays.fingerprint
+
+    def read(self, split, modality, rows):
+        assert split == "train"
+        return [np.full(3, len(modality) + row, np.float32) for row in rows]
+
+
+def test_every_modality_has_a_family_of_its_kind_and_strength(monkeypatch):
+    class Replaced(Shift):
+        def fit(self, samples):
+            self.fitted = np.stack(list(samples))
+
+    monkeypatch.setitem(SIGNALS, "tabular", Replaced)
+    families = view_families(LabelFree(Mixed()), image=0.1, text=0.2, signal=0.3)
+    assert list(families) == list(Mixed.modalities)
+    assert isinstance(families["photo"], ImageViews)
+    assert isinstance(families["plot"], TextViews)
+    assert [family.strength for family in families.values()] == [0.1, 0.2, *[0.3] * 6]
+    for name, kind in KINDS.items():
+        assert isinstance(families[name], SIGNALS[kind])
+    for name in ("facts", "more"):  # each is fitted on its own modality
+        assert families[name].fitted[:, 0].tolist() == [len(name) + row for row in range(SIZES["train"])]
+    monkeypatch.setattr(Mixed, "modalities", {"nose": "smell"})
+    with pytest.raises(InputError, match="no family of views for kind 'smell' of modality 'nose'; the kinds"):
+        view_families(LabelFree(Mixed()))

@@ -129,7 +129,7 @@ class ArrayBackbone(Protocol):
         """Everything that decides the arrays."""
 
     def views(self, families: dict[str, ViewFamily], modalities: dict[str, str]) -> dict[str, ViewFamily]:
-        """Of the families by kind, those by modality that its sources draw live."""
+        """Of the families by modality, those that its sources draw live, in the form that they need."""
 
     def write(self, dataset: LabelFree, folder: Path, progress: Progress | None = None) -> None:
         """Write the arrays of all samples; an unfinished folder is gone on with."""

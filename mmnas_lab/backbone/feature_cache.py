@@ -53,7 +53,7 @@ def compute_features(
     Args:
         dataset: an opened dataset without its labels.
         backbone: encoders of exactly the dataset's modalities.
-        views: label-free views by kind of modality; needed where `num_views` > 0.
+        views: label-free views by modality; needed where `num_views` > 0.
         num_views: V, views cached of each train and val sample.
         view_seed: of the views.
         length: positions to which maps are pooled.
@@ -65,13 +65,13 @@ def compute_features(
         workers: threads that encode, one core each; None: as many as torch may use.
 
     Raises:
-        InputError: modalities that do not match, or a kind without views.
+        InputError: modalities that do not match, or a modality without views.
     """
     backbone.check(dataset.modalities)
     if num_views < 0:
         raise InputError(f"features need num_views >= 0, got {num_views}")
-    if num_views and (lacking := sorted(set(dataset.modalities.values()) - set(views))):
-        raise InputError(f"no family of views for kind '{lacking[0]}'; give one, or cache no views")
+    if num_views and (lacking := sorted(set(dataset.modalities) - set(views))):
+        raise InputError(f"no family of views for modality '{lacking[0]}'; give one, or cache no views")
     FeatureWriter(
         dataset=dataset,
         backbone=backbone,

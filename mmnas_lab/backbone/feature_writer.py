@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmnas_lab.backbone.base import Encoder, Progress
 from mmnas_lab.backbone.moments import SMALLEST_STD
-from mmnas_lab.dataset.base import SPLITS, LabelFree
+from mmnas_lab.dataset.base import SPLITS, LabelFree, training_samples
 from mmnas_lab.types import Split, TrainingError
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class FeatureWriter:
         return {
             "num_views": self.num_views,
             "view_seed": self.view_seed,
-            "views": {kind: family.settings() for kind, family in sorted(self.views.items())},
+            "views": {name: family.settings() for name, family in sorted(self.views.items())},
             "length": self.length,
             "chunk_rows": CHUNK_ROWS,
             "rows": {split: len(ids) for split, ids in self.ids.items()},
@@ -215,9 +215,7 @@ class FeatureWriter:
                 continue
             path = self.folder / f"encoder.{modality}"
             if self.rank == 0 and not path.exists():
-                spans = range(0, len(self.ids["train"]), CHUNK_ROWS)
-                rows = (range(start, min(start + CHUNK_ROWS, len(self.ids["train"]))) for start in spans)
-                encoder.fit(s for span in rows for s in self.dataset.read("train", modality, span))
+                encoder.fit(training_samples(self.dataset, modality))
                 new = path.with_name(f"new.{path.name}")
                 encoder.save(new)
                 os.replace(new, path)
@@ -303,7 +301,7 @@ class FeatureWriter:
         ids = self.ids[chunk.split][chunk.start : chunk.stop]
         encoded = [encoder.encode(samples, self.length)]
         for view in range(1, self._copies(chunk.split)):
-            family = self.views[self.dataset.modalities[chunk.modality]]
+            family = self.views[chunk.modality]
             generators = [view_generator(self.view_seed, chunk.modality, identity, view) for identity in ids]
             with self.viewing:
                 viewed = [family(s, generator) for s, generator in zip(samples, generators, strict=True)]

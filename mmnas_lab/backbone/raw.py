@@ -121,15 +121,12 @@ class Raw:
         }
 
     def views(self, families: dict[str, ViewFamily], modalities: dict[str, str]) -> dict[str, ViewFamily]:
-        """Families by modality: texts are kept as tokens; pictures have views of whole batches."""
-        live: dict[str, ViewFamily] = {}
-        for name, kind in modalities.items():
-            family = families.get(kind)
-            if isinstance(family, TextViews):
-                live[name] = TokenViews(family.strength)
-            elif family is not None and kind != "image":
-                live[name] = family
-        return live
+        """All but those of pictures, which have views of whole batches; texts are kept as tokens."""
+        return {
+            name: TokenViews(family.strength) if isinstance(family, TextViews) else family
+            for name, family in families.items()
+            if modalities[name] != "image"
+        }
 
     def write(self, dataset: LabelFree, folder: Path, progress: Progress | None = None) -> None:
         """Write `<split>.<modality>.npy`, (n, ...), and the training samples' statistics.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from mmnas_lab.types import InputError, Split, Task
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+CHUNK_ROWS = 64
 
 
 class Dataset(Protocol):
@@ -84,3 +85,10 @@ class LabelFree:
         if name in {"labels", "label_fingerprint", "classes", "task"}:
             raise InputError(f"a label-free stage asked for '{name}' of dataset '{self.name}'")
         raise AttributeError(name)
+
+
+def training_samples(dataset: LabelFree, modality: str) -> Iterator[Any]:
+    """Raw training samples of one modality, read in chunks."""
+    count = len(dataset.ids("train"))
+    for start in range(0, count, CHUNK_ROWS):
+        yield from dataset.read("train", modality, range(start, min(start + CHUNK_ROWS, count)))

@@ -245,11 +245,6 @@ class FeatureViews:
         return features
 
 
-def kept_where(present: Tensor, values: Tensor) -> Tensor:
-    """Values (B, ...), zero for the samples that (B,) `present` does not mark."""
-    return torch.where(present.to(values.device).reshape(-1, *[1] * (values.ndim - 1)), values, 0.0)
-
-
 def checked_strength(family: str, strength: float) -> float:
     """The strength of a family of views. Raises InputError where it is negative or not finite."""
     if not 0 <= strength < float("inf"):
@@ -257,3 +252,8 @@ def checked_strength(family: str, strength: float) -> float:
             f"{family} needs strength >= 0, got {strength}; 0 leaves samples unchanged, 1 is usual"
         )
     return float(strength)
+
+
+def kept_where(present: Tensor, values: Tensor) -> Tensor:
+    """Values (B, ...), zero for the samples that (B,) `present` does not mark."""
+    return torch.where(present.to(values.device).reshape(-1, *[1] * (values.ndim - 1)), values, 0.0)

@@ -209,7 +209,7 @@ def test_gather_picks_views_and_rows(tmp_path):
 
 
 def test_messages(tmp_path):
-    with pytest.raises(InputError, match="no family of views for kind 'text'"):
+    with pytest.raises(InputError, match="no family of views for modality 'text'"):
         compute(tmp_path, views={"image": Shift()})
     with pytest.raises(TrainingError, match=r"feature 'image.1' of train sample 'train-0' is not finite"):
         compute(tmp_path, Times(scale=float("nan")))

@@ -427,7 +427,7 @@ def test_settings_tell_everything_that_decides_the_arrays():
 
 def test_texts_have_views_of_tokens_and_pictures_none_of_their_own():
     noise = Noise()
-    families = {"text": TextViews(0.5), "series": noise, "image": noise}
+    families = {"plot": TextViews(0.5), "motion": noise, "photo": noise}
     live = Raw(text=Letters()).views(families, KINDS)
     assert live.keys() == {"plot", "motion"}
     assert isinstance(live["plot"], TokenViews)

@@ -61,6 +61,24 @@ def test_levels_are_means_over_the_tokens_of_a_text_alone(tiny_bert):
     assert {n: x.shape[1:] for n, x in features.items()} == {n: i.shape for n, i in encoder.infos(4).items()}
 
 
+@pytest.mark.parametrize("positions", [4, 6, 9])
+def test_sequences_are_the_tokens_of_a_text_alone_and_zeros(tiny_bert, positions):
+    from transformers import AutoModel, AutoTokenizer
+
+    encoder = HFText(str(tiny_bert), layers=[0, 2], max_tokens=8, batch_size=4)
+    states, lengths = encoder.sequences(TEXTS, positions)
+    assert states.shape == (len(TEXTS), positions, encoder.width)
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_bert), AutoModel.from_pretrained(tiny_bert).eval()
+    for row, text in enumerate(TEXTS):
+        tokens = tokenizer(text, truncation=True, max_length=min(positions, 8), return_tensors="pt")
+        with torch.no_grad():
+            expected = model(**tokens, output_hidden_states=True).hidden_states[2][0]
+        assert lengths[row] == len(expected)
+        torch.testing.assert_close(states[row, : len(expected)], expected, rtol=1e-5, atol=1e-5)
+        assert not states[row, len(expected) :].any()
+    assert encoder.sequences([], positions)[0].shape == (0, positions, 12)
+
+
 def test_the_order_of_texts_changes_nothing(tiny_bert):
     encoder = HFText(str(tiny_bert), layers=[2], max_tokens=32, batch_size=4)
     order = torch.randperm(len(TEXTS), generator=torch.Generator().manual_seed(0))

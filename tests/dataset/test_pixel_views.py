@@ -137,3 +137,17 @@ def test_greys_are_drawn_at_their_rate():
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         PixelViews(**settings)
+
+
+def test_grey_pictures_have_views_that_colours_do_not_change():
+    images = torch.randint(256, (5, 1, 8, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = torch.tensor([0.4]), torch.tensor([0.2])
+
+    def viewed(images, mean, std, **settings):
+        return PixelViews(**settings)(images, mean, std, torch.Generator().manual_seed(1), second=True)
+
+    geometry = {"crop_padding": 2, "flip": True, "least_area": 0.5, "cutout": 3, "solarise": 0.5}
+    for settings in (geometry, {"jitter": 0.5}, {"grey": 0.5}, {**geometry, "jitter": 0.5, "grey": 0.5}):
+        view = viewed(images, mean, std, **settings)
+        coloured = viewed(images.expand(-1, 3, -1, -1), mean.expand(3), std.expand(3), **settings)
+        torch.testing.assert_close(view.expand(-1, 3, -1, -1), coloured, atol=1e-5, rtol=0)

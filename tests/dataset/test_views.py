@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmnas_lab.dataset.views import FeatureViews, ImageViews, TextViews
+from mmnas_lab.dataset.views import FeatureViews, ImageViews, TextViews, TokenViews
 from mmnas_lab.types import InputError
 
 TEXT = "One two three four. Five six seven! Eight nine ten eleven twelve? Thirteen fourteen fifteen sixteen."
@@ -195,3 +195,19 @@ def test_rates_that_exceed_one_in_sum_are_refused():
         InputError, match=r"0.4 for each of 3 modalities \(audio, image, text\).* at most 0.333"
     ):
         FeatureViews(drop_modality=0.4)(*features(), seeded())
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 4.0])
+def test_tokens_are_left_out_at_their_rate_and_one_stays(strength):
+    tokens, views, generator = np.arange(40.0).reshape(20, 2), TokenViews(strength), seeded()
+    viewed = [views(tokens, generator) for _ in range(400)]
+    for view in viewed:
+        assert len(view) >= 1
+        assert (np.diff(view[:, 0]) > 0).all()
+        assert np.isin(view, tokens).all()
+    # A span of 0 to 4 tokens, 2 in the mean, goes with probability 0.5 s; each of the rest with 0.2 s.
+    rest = 20 - 2 * min(0.5 * strength, 1)
+    expected = max(rest * (1 - min(0.2 * strength, 1)), 1)
+    assert np.mean([len(view) for view in viewed]) == pytest.approx(expected, abs=0.6)
+    assert [len(views(tokens[:1], generator)) for _ in range(20)] == [1] * 20
+    assert views.settings()["strength"] == strength
