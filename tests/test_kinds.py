@@ -80,7 +80,7 @@ def signal_views(monkeypatch):
 
 
 def opened(output, dataset, *overrides):
-    values = compose(["scale=smoke", f"output={output}", "trainer.threads=1", *overrides])
+    values = compose(["scale=smoke", f"output={output}", "trainer.threads=1", "baselines=[]", *overrides])
     values["dataset"] = {"_target_": f"{__name__}.{dataset.__name__}"}
     return open_experiment(values)
 
