@@ -117,12 +117,6 @@ class Data:
             log.warning("left out %d unreadable samples:\n%s", len(lines), "\n".join(lines))
             dataset.drop({split: [int(k) for k in bad[split]] for split in SPLITS})
 
-    @property
-    def label_free(self) -> bool:
-        """False where an encoder was trained with labels of this very dataset."""
-        trained_on: frozenset[str] = getattr(self.backbone, "trained_on", frozenset())
-        return self.backbone.label_free and self.dataset.fingerprint() not in trained_on
-
     def labels(self, split: Split) -> Tensor:
         """All labels of a split, read once."""
         if split not in self._labels:

@@ -70,9 +70,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total.chunk(world_size())[rank()]
+        return _Sum.apply(gradient).chunk(world_size())[rank()]  # itself differentiable
 
 
 def gather_with_grad(local: Tensor) -> Tensor:
@@ -91,9 +89,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+        return _Sum.apply(gradient)
 
 
 def sum_with_grad(local: Tensor) -> Tensor:

@@ -137,19 +137,7 @@ class Experiment:
                 inputs["labels"] = self.data.dataset.label_fingerprint()
 
         def compute(folder: Path) -> None:
-            if needs.labels and self.strategy.needs_data and not self.strategy.splits_train:
-                weights = self.data.source("train", self.data.labelled_rows, True, settings=settings)
-                architecture = self.data.source("val", None, True, settings=settings)
-            elif needs.labels and self.strategy.needs_data:
-                first, second = halves(self.data.labels("train"), self.data.labelled_rows, config.seed)
-                weights = self.data.source("train", first.sort().values, labelled=True, settings=settings)
-                architecture = self.data.source(
-                    "train", second.sort().values, labelled=True, settings=settings
-                )
-            else:
-                split, parts = self._unlabelled_halves()
-                weights = self.data.source("train", parts[0], settings=settings)
-                architecture = self.data.source(split, parts[1], settings=settings)
+            weights, architecture = self._search_sources(needs)
             found = self.strategy.search(
                 Problem(
                     self.space,
@@ -166,6 +154,7 @@ class Experiment:
                     self.root.parent,
                     self.data.stages["features"].key + self._label_key(needs),
                     config.objective,
+                    lambda names: self._search_sources(needs, names),
                 ),
                 folder,
             )
@@ -341,10 +330,27 @@ class Experiment:
 
     # Small things that several stages need.
 
+    def _search_sources(self, needs: Needs, names: tuple[str, ...] | None = None) -> tuple[Source, Source]:
+        """What a search trains weights on, and what it moves or compares architectures on."""
+        settings = self.config.search
+        parts: tuple[Tensor | None, Tensor | None]
+        labelled = needs.labels and self.strategy.needs_data
+        split: Split = "train"
+        if labelled and not self.strategy.splits_train:
+            split, parts = "val", (self.data.labelled_rows, None)
+        elif labelled:
+            first, second = halves(self.data.labels("train"), self.data.labelled_rows, self.config.seed)
+            parts = first.sort().values, second.sort().values
+        else:
+            split, parts = self._unlabelled_halves()
+        weights = self.data.source("train", parts[0], labelled, names, settings)
+        return weights, self.data.source(split, parts[1], labelled, names, settings)
+
     def _label_key(self, needs: Needs) -> str:
-        """What a search depends on besides the inputs' key; empty where it reads no label."""
+        """What the rows of a search depend on besides the inputs' key; empty where it is nothing."""
         if not needs.labels:
-            return ""
+            on = self.config.search.on
+            return f":{on}:{self.config.seed}" if on == "train" else ""
         return f":{self.data.dataset.label_fingerprint()}:{self.config.labelled_share}:{self.config.seed}"
 
     def _unlabelled_halves(self) -> tuple[Split, tuple[Tensor | None, Tensor | None]]:

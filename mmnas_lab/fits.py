@@ -48,6 +48,11 @@ def refuse_unfit(strategy: Any, objective: Mapping[str, Any], space: Any) -> Non
     if reason := strategy_unfit(strategy, space):
         fitting = [name for name, one in strategies().items() if strategy_unfit(one, space) is None]
         raise InputError(f"{reason}; choose strategy={' or '.join(fitting)}")
+    if "pins" in strategy.space_needs and not getattr(space, "pins", True):
+        raise InputError(
+            f"strategy={strategy.name} needs a hypernet that can stand for single genotypes, and one mixture "
+            "for both inputs of a cell cannot; set search_space.pairing=distinct"
+        )
     if strategy.needs_data and (reason := objective_unfit(objective, space)):
         fitting = [name for name, node in nodes("objective").items() if objective_unfit(node, space) is None]
         raise InputError(f"{reason}; choose objective={' or '.join(fitting)}")

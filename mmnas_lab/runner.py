@@ -174,6 +174,9 @@ def assemble(
         for name, result in (("search", search), *(found.stages.items() if found else ()))
         if result is not None and (result.folder / "selection.json").exists()
     }
+    # How many micro-benchmarks the store did not have is no part of the result.
+    searched = selection.get("search", {})
+    new_scores = {"new_scores": searched.pop("new_scores")} if "new_scores" in searched else {}
     parameters: dict[str, Any] = {}
     if found is not None:
         network = experiment.space.build(found.genotype, experiment.data.cache.infos)
@@ -196,7 +199,7 @@ def assemble(
         "experiment": config.experiment,
         "overrides": [word for word in overrides if not word.startswith(("output=", "logger"))],
         "seed": config.seed,
-        "label_free": label_free_search and experiment.data.label_free,
+        "label_free": label_free_search and experiment.data.backbone.label_free,
         "genotype": found.genotype.to_json() if found else None,
         "margins": json.loads((search.folder / "margins.json").read_text()) if search else {},
         "benchmark": _benchmark(experiment, found),
@@ -208,7 +211,7 @@ def assemble(
         "data": data,
         "inputs": {name: list(info.shape) for name, info in experiment.data.cache.infos.items()},
         "stages": {name: result.key for name, result in sorted(results.items())},
-        "timing": record.timing(results),
+        "timing": {**record.timing(results), **new_scores},
         "environment": record.environment(record.command_line()),
     }
 

@@ -35,6 +35,9 @@ class ScoreStore:
         self.path, self.wait_seconds = path, wait_seconds
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._connected() as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+        with self._connected() as connection:
+            connection.execute("BEGIN IMMEDIATE")  # of several processes that find no store, one makes it
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version not in (0, SCHEMA):
                 raise InputError(
@@ -46,10 +49,9 @@ class ScoreStore:
                     raise InputError(
                         f"'{path}' is an SQLite file of something else; set strategy.store to another file"
                     )
-                connection.execute("PRAGMA journal_mode=WAL")
                 types = {"seed": "INTEGER", "score": "REAL", "seconds": "REAL", "training_seconds": "REAL"}
                 columns = ", ".join(f"{name} {types.get(name, 'TEXT')}" for name in COLUMNS[1:])
-                connection.execute(f"CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, {columns})")
+                connection.execute(f"CREATE TABLE scores (key TEXT PRIMARY KEY, {columns})")
                 connection.execute(f"PRAGMA user_version={SCHEMA}")
 
     @contextmanager

@@ -36,13 +36,13 @@ class FoundImage:
 
     fitted = False
     untrained = False
-    label_free = True
 
     def __init__(
         self,
         run: str,
         modality: str = "image",
         taps: list[str] | None = None,
+        label_free: bool = False,
         batch_size: int = 32,
         device: str = "auto",
     ) -> None:
@@ -52,6 +52,8 @@ class FoundImage:
             run: folder of a finished run whose search space reads pictures (`search_space=cnn_cells`).
             modality: the modality of the dataset that is read.
             taps: of the network that are the levels, from early to late; null for all `stage.<k>`.
+            label_free: set it true only where the run's labelled pictures are no samples of this dataset;
+                its weights were trained with labels, and nobody but you can tell.
             batch_size: pictures in one pass.
             device: `auto`, `cpu` or `cuda`.
 
@@ -59,7 +61,7 @@ class FoundImage:
             InputError: no such run, one that trained no network, or one on something else than pictures; a
                 tap that the network has not.
         """
-        self.folder, self.modality = Path(run), modality
+        self.folder, self.modality, self.label_free = Path(run), modality, label_free
         for name in FILES:
             if not (self.folder / name).is_file():
                 raise InputError(
@@ -73,10 +75,12 @@ class FoundImage:
         config: dict[str, Any] = yaml.safe_load((self.folder / "config.yaml").read_text())
         self.record: dict[str, Any] = json.loads((self.folder / "record.json").read_text())
         self.space: Any = build_with_facts(config["search_space"], "search_space", {})
-        if self.space.length is not None:
+        pixels = config["backbone"]["_target_"].endswith(".Pixels")
+        if self.space.name != "cnn_cells" or not pixels:
             raise InputError(
-                f"run='{run}' searched the space '{self.space.name}', which reads features; only networks "
-                "that read pictures can be encoders of pictures"
+                f"run='{run}' searched the space '{self.space.name}' on "
+                f"{config['backbone']['_target_'].rsplit('.', 1)[-1]}; only cells on backbone=pixels can be "
+                "encoders of pictures"
             )
         self.size: int | None = config["backbone"].get("size")
         self.batch_size, self._device = batch_size, device
@@ -91,11 +95,6 @@ class FoundImage:
                 maps = ", ".join(tap for tap, shape in given.items() if len(shape) == 3)
                 raise InputError(f"run='{self.folder}' has no map '{name}'; its maps are {maps}")
         return found
-
-    @property
-    def trained_on(self) -> frozenset[str]:
-        """Fingerprint of the dataset whose labels the weights were trained with."""
-        return frozenset({self.record["data"]["fingerprint"]})
 
     @cached_property
     def _state(self) -> Mapping[str, Tensor]:

@@ -32,11 +32,6 @@ class Backbone:
         """False if any encoder was trained with labels of this very dataset."""
         return all(encoder.label_free for encoder in self.encoders.values())
 
-    @property
-    def trained_on(self) -> frozenset[str]:
-        """Fingerprints of datasets with whose labels encoders are known to have been trained."""
-        return frozenset().union(*(getattr(e, "trained_on", ()) for e in self.encoders.values()))
-
     def check(self, dataset_modalities: Iterable[str]) -> None:
         """Refuse a dataset whose modalities are not those that are encoded.
 

@@ -35,6 +35,7 @@ class Problem:
         root: folder for what outlives this search.
         data: key of the data that the sources read.
         objective_settings: of the objective, as plain values.
+        restricted: the sources of weights and architecture with some of the inputs alone; None gives all.
     """
 
     space: Any
@@ -51,6 +52,7 @@ class Problem:
     root: Path = Path("outputs")
     data: str = ""
     objective_settings: dict[str, Any] = field(default_factory=dict)
+    restricted: Callable[[tuple[str, ...]], tuple[Source, Source]] | None = None
 
 
 @dataclass(frozen=True)

@@ -133,12 +133,17 @@ class CurvatureStop:
         """Whether the eigenvalue is measured after this epoch, counted from 0."""
         return epoch % self.every == 0
 
-    def decide(self, values: list[float]) -> Stop | None:
-        """What the measurements of epochs 0, `every`, 2 `every`, ... so far say; None goes on."""
+    def decide(self, values: list[float], first_epoch: int = 0) -> Stop | None:
+        """What the measurements of epochs 0, `every`, 2 `every`, ... so far say; None goes on.
+
+        Args:
+            values: the measurements.
+            first_epoch: in which the architecture moved first; no genotype of an earlier one is taken.
+        """
         half = self.window // 2
         now = len(values) - 1 - half  # the last measurement whose average is centred and whole
         before = now - self.delta
-        if self.factor is None or before < 0 or before * self.every < self.start_epoch:
+        if self.factor is None or before < 0 or before * self.every < max(self.start_epoch, first_epoch):
             return None
         if (reference := self._average(values, before)) <= 0:
             return None

@@ -243,7 +243,8 @@ class SearchModule(Fit):
         self.scored.eval()
         self.eigenvalues.append(value)
         self.measured[str(epoch)] = state
-        if stop := early_stop.decide(self.eigenvalues):
+        warmup: int = self.settings.warmup_epochs  # type: ignore[attr-defined]
+        if stop := early_stop.decide(self.eigenvalues, warmup):
             self._stop(stop, epoch)
         return value
 

@@ -7,7 +7,7 @@ import logging
 import math
 import multiprocessing
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ class MicroBenchmark:
         seeds: micro-benchmarks of each option.
         tie: standard errors of a paired difference up to which it counts as noise.
         halving: measure all options with a quarter of the epochs, the better half with half of them, and the
-            better half of these with all (successive halving, arXiv 1502.07943).
+            better half of these with all (successive halving, arXiv 1502.07943); two at least remain.
         workers: processes that measure at once, a core each; CPU only.
         store: file of the scores; null for `scores.sqlite` beside the stages.
 
@@ -174,12 +174,13 @@ class MicroBenchmark:
         epochs = bench.problem.settings.epochs
         rungs = [max(1, epochs // 4), max(1, epochs // 2)] if self.halving else []
         for rung in rungs:
-            if len(options) > 1:
+            if len(options) > 2:
                 means = {
                     o: np.mean(s) for o, s in self._scores(choice, options, genotypes, rung, measure).items()
                 }
                 kept = sorted(options, key=lambda option: (-means[option], options.index(option)))
-                options = [option for option in options if option in kept[: math.ceil(len(options) / 2)]]
+                better = kept[: max(2, math.ceil(len(options) / 2))]
+                options = [option for option in options if option in better]
         scores = self._scores(choice, options, genotypes, epochs, measure) if len(choice.options) > 1 else {}
         if not scores:  # nothing to choose
             return Decision(options[0], {options[0]: []}, (options[0],), None, {options[0]: 0})
@@ -216,6 +217,7 @@ class Bench:
         info = problem.space.build(self._any(), problem.inputs).info
         self.metric, self.direction = problem.objective(info).selects
         self.measured = 0
+        self._restricted: dict[tuple[str, ...], tuple[SubSource, SubSource]] = {}
         self._done, self._total = 0, 0
 
     def _any(self) -> Any:
@@ -244,6 +246,7 @@ class Bench:
             },
             "epochs": trial.epochs,
             "seconds": strategy.seconds,
+            "precision": self.problem.runtime.precision,
             "view_probability": settings.view_probability,
             "views": settings.views.model_dump(),
             "pixel_views": settings.pixel_views.model_dump(),
@@ -295,18 +298,37 @@ class Bench:
                 self.store.put(self.measure(trials[k]))
                 self._progress(1)
         else:
-            pending: set[Future[dict[str, Any]]] = {pool.submit(_measured, trials[k]) for k in missing}
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    self.store.put(future.result())
-                    self._progress(1)
+            self._over(pool, [trials[k] for k in missing])
         self.measured += len(missing)
         found = [
             row if row is not None else self.store.get(key) for row, (key, _) in zip(rows, keys, strict=True)
         ]
         sign = 1.0 if self.direction == "max" else -1.0
         return [sign * row["score"] for row in found if row is not None]
+
+    def _over(self, pool: ProcessPoolExecutor, trials: Sequence[Trial]) -> None:
+        """Measure trials in other processes; where one fails, those that run are still kept."""
+        futures = [pool.submit(_measured, trial) for trial in trials]
+        kept: set[Future[dict[str, Any]]] = set()
+
+        def keep(done: Iterable[Future[dict[str, Any]]]) -> None:
+            for future in done:
+                if future not in kept and not future.cancelled() and future.exception() is None:
+                    self.store.put(future.result())
+                    kept.add(future)
+                    self._progress(1)
+
+        try:
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                keep(done)
+                for future in done:
+                    future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            keep(future for future in futures if future.done())
+            raise
 
     def _progress(self, steps: int) -> None:
         self._done += steps
@@ -319,6 +341,7 @@ class Bench:
             TrainingError: a score that is not finite.
         """
         problem, settings, started = self.problem, self.problem.settings, time.monotonic()
+        source, held_source = self._sources(trial.genotype)
         key, row = self.key(trial)
         address = (trial.seed, "search", f"micro.{digest(row['candidate'])[:8]}")
         whole = problem.needs.views == 2
@@ -329,7 +352,7 @@ class Bench:
         trained = train(
             network,
             problem.objective(network.info),
-            Batches(self.source, problem.draw, settings.batch_size, address, whole),
+            Batches(source, problem.draw, settings.batch_size, address, whole),
             None,
             fit,
             label=f"search.{trial.choice}.{trial.option}",
@@ -338,7 +361,7 @@ class Bench:
             num_epochs=trial.epochs,
             max_seconds=self.strategy.seconds,
         )
-        held = FixedBatches(self.held, problem.draw, settings.batch_size, (0, "search", "held"), whole)
+        held = FixedBatches(held_source, problem.draw, settings.batch_size, (0, "search", "held"), whole)
         score = trained.scored.objective.evaluate(trained.scored.network, held)[self.metric]
         if not math.isfinite(score):
             raise TrainingError(
@@ -347,6 +370,17 @@ class Bench:
             )
         seconds = time.monotonic() - started
         return {"key": key, **row, "score": score, "seconds": seconds, "training_seconds": trained.seconds}
+
+    def _sources(self, genotype: Any) -> tuple[SubSource, SubSource]:
+        """Sample and held rows with the inputs of a genotype alone, of which no view loses the last."""
+        names = tuple(genotype.features)
+        if self.problem.restricted is None or len(names) == len(self.problem.inputs):
+            return self.source, self.held
+        if names not in self._restricted:
+            weights, architecture = self.problem.restricted(names)
+            pair = SubSource(weights, self.source.rows), SubSource(architecture, self.held.rows)
+            self._restricted[names] = pair
+        return self._restricted[names]
 
     def flops(self, genotype: Any) -> int:
         """Floating-point operations of one sample through the network of a genotype."""

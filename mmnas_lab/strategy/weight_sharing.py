@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Iterator
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmnas_lab import distributed
 from mmnas_lab.loader import Batches, FixedBatches
 from mmnas_lab.objective.base import Scored
 from mmnas_lab.randomness import generator, seed_of
 from mmnas_lab.search_space.base import Hypernet
+from mmnas_lab.stage import write_json
 from mmnas_lab.strategy.base import Problem, SearchResult
 from mmnas_lab.training import Fit, Point, make_optimizer, make_schedule
 from mmnas_lab.types import Batch, InputError, TrainingError
@@ -25,14 +28,23 @@ log = logging.getLogger(__name__)
 class WeightSharingModule(Fit):
     """A hypernet of which every step trains another random genotype, and then a comparison of genotypes.
 
-    The comparison is the last epoch's evaluation; what has been scored is kept over an interruption.
+    The comparison is the last epoch's evaluation; its scores are written to `store` one by one, so that an
+    interrupted one, after the same training, goes on where it was.
     """
 
     def __init__(
-        self, *args: Any, problem: Problem, batches: Batches, held: FixedBatches, draws: int, **kwargs: Any
+        self,
+        *args: Any,
+        problem: Problem,
+        batches: Batches,
+        held: FixedBatches,
+        draws: int,
+        store: Path,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.problem, self.batches, self.held, self.draws = problem, batches, held, draws
+        self.store = store
         self.scores: list[dict[str, Any]] = []
 
     @property
@@ -68,11 +80,15 @@ class WeightSharingModule(Fit):
     def after_epoch(self, epoch: int) -> dict[str, float]:
         if epoch < self.num_epochs - 1:
             return {}
+        known = json.loads(self.store.read_text()) if self.store.exists() else []
+        self.scores = distributed.broadcast(known)
         for number in range(len(self.scores), self.draws):
             genotype = self.drawn("draw", number)
             with self.network.pinned(genotype):
                 loss = self.scored.objective.evaluate(self.network, self.held)["loss"]
             self.scores.append({"genotype": genotype.to_json(), "loss": loss})
+            if distributed.rank() == 0:
+                write_json(self.store, self.scores)
         finite = [score["loss"] for score in self.scores if math.isfinite(score["loss"])]
         if not finite:
             raise TrainingError(
@@ -80,12 +96,6 @@ class WeightSharingModule(Fit):
                 "set search.clip_norm"
             )
         return {"search/eval_loss": min(finite)}
-
-    def extra_state(self) -> dict[str, Any]:
-        return {"scores": self.scores}
-
-    def set_extra_state_from(self, state: dict[str, Any]) -> None:
-        self.scores = state["scores"]
 
 
 class WeightSharing:
@@ -102,7 +112,7 @@ class WeightSharing:
     """
 
     name = "weight_sharing"
-    space_needs = ("hypernet", "sample")
+    space_needs = ("hypernet", "sample", "pins")
     needs_data, regularised, splits_train = True, False, True
 
     def __init__(self, draws: int = 200) -> None:
@@ -132,6 +142,7 @@ class WeightSharing:
                 problem.architecture, problem.draw, settings.batch_size, (*address, "held"), whole
             ),
             draws=self.draws,
+            store=folder / "draws.json",
         )
         module.run(gradient_clip_val=settings.clip_norm, unused_parameters=True)
         log.info("search: %s", module.last_values())

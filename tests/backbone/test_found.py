@@ -66,7 +66,9 @@ def test_taps_are_chosen_and_count_in_the_fingerprint(cells):
 def test_a_fusion_search_reads_the_found_cells(cells, tmp_path):
     image = [
         "~backbone.image",
-        "+backbone.image={_target_: mmnas_lab.backbone.found.FoundImage, run: " + str(cells) + "}",
+        "+backbone.image={_target_: mmnas_lab.backbone.found.FoundImage, label_free: true, run: "
+        + str(cells)
+        + "}",
     ]
     done = succeed(*TINY, *image, "baselines=[]", cwd=tmp_path)
     record = json.loads((tmp_path / done.folder / "record.json").read_text())
@@ -83,7 +85,7 @@ def test_a_run_that_cannot_be_an_encoder_is_refused(cells, tmp_path):
     with pytest.raises(InputError, match="network.safetensors"):
         FoundImage(str(tmp_path / "cut"))
     movies = succeed(*TINY, "baselines=[]", cwd=tmp_path).folder
-    with pytest.raises(InputError, match="reads features"):
+    with pytest.raises(InputError, match="only cells on backbone=pixels"):
         FoundImage(str(tmp_path / movies))
     message = one_message(command(*TINY, "backbone=found_cells", cwd=tmp_path))
     assert "backbone.image.run" in message

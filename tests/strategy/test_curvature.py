@@ -103,6 +103,7 @@ def test_steady_growth_stops_at_epoch_22_with_the_genotype_of_epoch_10():
     assert rule.measures(22)
     assert not rule.measures(21)
     assert CurvatureStop(factor=None).decide(values) is None
+    assert rule.decide(values, first_epoch=12) is None  # the architecture did not move before
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_impossible_rules_are_refused(settings, named):
 class AfterThree(CurvatureStop):
     """Stops after the measurement of epoch 2, with the genotype of epoch 1."""
 
-    def decide(self, values):
+    def decide(self, values, first_epoch=0):
         from mmnas_lab.strategy.curvature import Stop
 
         return Stop(1, 2.0) if len(values) == 3 else None

@@ -10,6 +10,7 @@ from fits import runtime
 from mmnas_lab.config import Optimizer, Search
 from mmnas_lab.loader import draw_clean
 from mmnas_lab.objective.multi_head import MultiHead
+from mmnas_lab.score_store import ScoreStore
 from mmnas_lab.search_space.mixers.space import MixerSpace
 from mmnas_lab.strategy.base import Problem
 from mmnas_lab.strategy.decision import decide
@@ -153,10 +154,33 @@ def test_the_order_of_candidates_changes_no_score(done, tmp_path):
     assert {k: v["scores"] for k, v in before.items()} == {k: v["scores"] for k, v in after.items()}
 
 
-def test_halving_measures_the_better_half_longer(tmp_path):
-    result = searched(tmp_path, halving=True, epochs=4)
-    for name in ("encoder.frame", "fusion_function"):
-        assert len(result.selection["decisions"][name]["options"]) == 1
+def test_halving_measures_the_better_options_longer(tmp_path):
+    three = space(monarch_mixer=MONARCH, hyper_mixer=HYPER)
+    result = searched(tmp_path, three, epochs=4, halving=True)
+    decisions = result.selection["decisions"]
+    assert len(decisions["encoder.pulse"]["options"]) == 2
+    assert len(decisions["encoder.frame"]["options"]) == 2
+    whole = searched(tmp_path, three, epochs=4)
+    assert len(whole.selection["decisions"]["encoder.pulse"]["options"]) == 3
+    kept = decisions["encoder.pulse"]["options"]
+    assert kept.items() <= whole.selection["decisions"]["encoder.pulse"]["options"].items()
+
+
+def test_a_failed_trial_loses_no_other(tmp_path, monkeypatch):
+    original = Bench.measure
+
+    def fail(self, trial):
+        if trial.option == "hyper_mixer" and trial.seed == 1:
+            raise ZeroDivisionError
+        return original(self, trial)
+
+    monkeypatch.setattr(Bench, "measure", fail)
+    with pytest.raises(ZeroDivisionError):
+        searched(tmp_path, workers=2)
+    monkeypatch.setattr(Bench, "measure", original)
+    kept = len(ScoreStore(tmp_path / "scores.sqlite").rows())
+    assert kept >= 1
+    assert searched(tmp_path).selection["new_scores"] == 10 - kept
 
 
 def test_without_labels_the_loss_scores(tmp_path):
