@@ -176,7 +176,9 @@ def assemble(
     }
     # How many micro-benchmarks the store did not have is no part of the result.
     searched = selection.get("search", {})
-    new_scores = {"new_scores": searched.pop("new_scores")} if "new_scores" in searched else {}
+    timing = record.timing(results)
+    if "new_scores" in searched:
+        timing["search"]["new_scores"] = searched.pop("new_scores")
     parameters: dict[str, Any] = {}
     if found is not None:
         network = experiment.space.build(found.genotype, experiment.data.cache.infos)
@@ -211,7 +213,7 @@ def assemble(
         "data": data,
         "inputs": {name: list(info.shape) for name, info in experiment.data.cache.infos.items()},
         "stages": {name: result.key for name, result in sorted(results.items())},
-        "timing": {**record.timing(results), **new_scores},
+        "timing": timing,
         "environment": record.environment(record.command_line()),
     }
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from mmnas_lab.types import InputError
 
 SCHEMA = 1
@@ -34,10 +36,13 @@ class ScoreStore:
     def __init__(self, path: Path, wait_seconds: float = 60.0) -> None:
         self.path, self.wait_seconds = path, wait_seconds
         path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):  # of several that find no store, one makes it
+            self._open()
+
+    def _open(self) -> None:
+        """Check the file, and make its table where it is new."""
+        path = self.path
         with self._connected() as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
-        with self._connected() as connection:
-            connection.execute("BEGIN IMMEDIATE")  # of several processes that find no store, one makes it
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version not in (0, SCHEMA):
                 raise InputError(
@@ -49,6 +54,7 @@ class ScoreStore:
                     raise InputError(
                         f"'{path}' is an SQLite file of something else; set strategy.store to another file"
                     )
+                connection.execute("PRAGMA journal_mode=WAL")
                 types = {"seed": "INTEGER", "score": "REAL", "seconds": "REAL", "training_seconds": "REAL"}
                 columns = ", ".join(f"{name} {types.get(name, 'TEXT')}" for name in COLUMNS[1:])
                 connection.execute(f"CREATE TABLE scores (key TEXT PRIMARY KEY, {columns})")

@@ -60,12 +60,8 @@ def test_mixmas_runs_to_its_record_and_adds_a_candidate_later(admissions, tmp_pa
     )  # fmt: skip
     later = json.loads((more / "record.json").read_text())
     again = later["selection"]["search"]
-    assert later["timing"]["new_scores"] in (
-        1,
-        2,
-        3,
-        6,
-    )  # of the new function, and of a network if it is taken
+    # Scores of the new function under three seeds, and of a network after it if it is taken.
+    assert later["timing"]["search"]["new_scores"] in (3, 6)
     for function, option in decisions["fusion_function"]["options"].items():
         assert again["decisions"]["fusion_function"]["options"][function] == option
 

@@ -25,7 +25,7 @@ RUN_FILES = {
 }  # fmt: skip
 RECORD_KEYS = {
     "schema", "experiment", "overrides", "seed", "label_free", "genotype", "margins", "metrics", "baselines",
-    "selection", "parameters", "flops", "data", "stages", "timing", "environment",
+    "selection", "parameters", "flops", "data", "stages", "timing", "environment", "benchmark", "inputs",
 }  # fmt: skip
 ALONE = (*TINY, "baselines=[]")
 

@@ -31,10 +31,12 @@ class Objective(nn.Module, ABC):
     Attributes:
         needs: views and labels that a batch must have.
         selects: the quantity of `evaluate` by which a state of the network is chosen, and its direction.
+        shows: whether `snapshot` gives anything.
     """
 
     needs: Needs
     selects: tuple[str, Literal["min", "max"]]
+    shows: bool = False
 
     @classmethod
     def unfit(cls, space: Any, settings: Mapping[str, Any]) -> str | None:

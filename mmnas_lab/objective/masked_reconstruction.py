@@ -67,6 +67,7 @@ class MaskedReconstruction(Objective):
     """
 
     needs = Needs(views=1, labels=False)
+    shows = True
     selects = ("loss", "min")
 
     def __init__(

@@ -62,6 +62,7 @@ class Mix(Objective):
         self.objectives = nn.ModuleDict({name: term.objective for name, term in terms.items()})
         self.terms = terms
         self.needs = union(term.objective.needs for term in terms.values())
+        self.shows = any(term.objective.shows for term in terms.values())
         self.selects: tuple[str, Literal["min", "max"]] = ("weights_loss", "min")
         for name, term in reversed(terms.items()):
             if term.objective.needs.labels and term.weights > 0:

@@ -263,6 +263,8 @@ class SearchModule(Fit):
 
     def _take_snapshot(self, epoch: int) -> None:
         """Keep what the objective shows of a few held samples."""
+        if not self.scored.objective.shows:
+            return
         views, labels = next(iter(self.held))
         few = Batch(
             tuple({name: tensor[:SNAPSHOT_SAMPLES] for name, tensor in view.items()} for view in views),

@@ -212,7 +212,7 @@ def test_only_the_released_monarch_cuts_tokens_and_channels_off(protocol, genera
     ("make", "message"),
     [
         (lambda: HyperMixing(6, 4, 3), "width 6 and hidden width 4 has no 3 heads; set num_heads"),
-        (lambda: RaMLP((12,), "tabular"), r"a map \(C, H, W\) of kind image or audio is needed"),
+        (lambda: RaMLP((12,), "tabular"), r"a map \(C, H, W\) of kind image or audio or video is needed"),
         (
             lambda: RaMLP((1, 28, 28), "image", regions=[8, 4, 2, 1]),
             r"stage 0 has 7 x 7 positions, which cannot be cut into 8 x 8 regions; set regions\[0\]",

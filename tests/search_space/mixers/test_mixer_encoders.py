@@ -204,7 +204,10 @@ def test_any_model_of_timm_is_an_encoder(model, shape, size, generator):
         (lambda: Stem((28, 28), "audio", 8, 14), r"got shape \(28, 28\) of kind 'audio'"),
         (lambda: Stem((4,), "series", 8), r"kind series has shape \(T, \.\.\.\), got \(4,\)"),
         (lambda: Stem((4, 2), "tabular", 8), r"kind tabular has shape \(F,\), got \(4, 2\)"),
-        (lambda: Stem((4, 3, 8, 8), "video", 8), "no tokens of kind 'video', only of image, audio, text"),
+        (
+            lambda: Stem((4, 3, 8, 8), "smell", 8),
+            "no tokens of kind 'smell', only of image, audio, video, text",
+        ),
         (lambda: TimmModel((3, 8, 8), "image", "mixer_s15_224"), "no model 'mixer_s15_224'; did you mean mi"),
         (
             lambda: TimmModel((3, 33, 33), "image", "mixer_s16_224", settings={"depht": 1}),
