@@ -104,3 +104,13 @@ def test_a_torn_last_line_is_passed_over_and_the_next_row_is_whole(tmp_path):
 )
 def test_what_may_be_said_of_a_difference(points, said):
     assert studies.verdict(points).endswith(said)
+
+
+def test_every_run_on_mechanisms_is_there_once_and_had_a_thousand_steps():
+    rows = read_rows(RESULTS / "cell_mechanisms.jsonl")
+    names = ("study", "mask_ratio", "decoder", "zero_one", "relaxation", "objective", "draw", "seed")
+    identities = [tuple(row.get(name) for name in names) for row in rows]
+    assert len(set(identities)) == len(identities)
+    assert all(row["steps"] >= 1000 for row in rows if row.get("relaxation") != "random")
+    assert all(row["commit"] and row["data"] and row["hardware"] for row in rows)
+    assert (RESULTS / "cell_mechanisms.md").exists()
