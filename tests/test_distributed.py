@@ -112,3 +112,25 @@ def test_an_error_on_a_rank_is_shown_and_the_next_call_works():
     with pytest.raises(AssertionError, match=r"(?s)rank 1: .*on purpose"):
         on_ranks(failing, 1)
     assert on_ranks(failing, 2) == ["fine", "fine"]
+
+
+def curved(a, weights, gather):
+    """Second derivative, by this rank's graph, of the sum over ranks of weight (a + 2 a)^3 in a shared a."""
+    rank = distributed.rank()
+    shared = a.clone().requires_grad_()
+    local = (shared * (rank + 1)).reshape(1, 1)
+    total = distributed.gather_with_grad(local).sum() if gather else distributed.sum_with_grad(local).sum()
+    (first,) = torch.autograd.grad(weights[rank] * total**3, shared, create_graph=True)
+    (second,) = torch.autograd.grad(first, shared)
+    return first.detach(), second
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("gather", [True, False])
+def test_second_derivatives_reach_over_the_ranks(gather):
+    a, weights = torch.tensor(0.7, dtype=torch.float64), torch.tensor([0.3, 1.1], dtype=torch.float64)
+    results = on_ranks(curved, a, weights, gather)
+    firsts, seconds = zip(*results, strict=True)
+    # Means over ranks are a half of the derivatives of the summed loss 1.4 (3 a)^3, as in the search's step.
+    torch.testing.assert_close(sum(firsts) / 2, 1.4 * 81 * a**2 / 2)
+    torch.testing.assert_close(sum(seconds) / 2, 1.4 * 162 * a / 2)

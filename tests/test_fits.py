@@ -65,3 +65,9 @@ def test_an_objective_drives_searches_of_the_spaces_that_it_fits_and_no_other(ob
     message = one_message(run(*command, cwd=place))
     fitting = [name for name, node in OBJECTIVES.items() if objective_unfit(node, SPACES[space]) is None]
     assert all(name in message for name in fitting)
+
+
+def test_weight_sharing_on_one_mixture_is_refused_before_anything_is_computed(tmp_path):
+    command = [*arguments("fusion"), "strategy=weight_sharing", "search_space.pairing=shared"]
+    assert "pairing=distinct" in one_message(run(*command, cwd=tmp_path))
+    assert not (tmp_path / "outputs").exists()

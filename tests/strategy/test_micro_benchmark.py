@@ -13,8 +13,9 @@ from mmnas_lab.objective.multi_head import MultiHead
 from mmnas_lab.score_store import ScoreStore
 from mmnas_lab.search_space.mixers.space import MixerSpace
 from mmnas_lab.strategy.base import Problem
+from mmnas_lab.strategy.data_sample import draw_sample
 from mmnas_lab.strategy.decision import decide
-from mmnas_lab.strategy.micro_benchmark import Bench, MicroBenchmark
+from mmnas_lab.strategy.micro_benchmark import Bench, MicroBenchmark, Trial
 from mmnas_lab.types import Batch, InputError, InputInfo
 
 INFOS = {
@@ -242,3 +243,24 @@ def test_several_devices_are_refused(tmp_path):
     given = replace(problem(tmp_path), runtime=replace(runtime(), devices=2))
     with pytest.raises(InputError, match="one device"):
         strategy().search(given, tmp_path)
+
+
+def test_scores_under_another_precision_are_not_taken_for_these(tmp_path):
+    given = problem(tmp_path)
+    sample = draw_sample(given.weights, 32, "random", 0, 0.2)
+    mixed = replace(given, runtime=replace(given.runtime, precision="bf16-mixed"))
+    genotype = given.space.candidate("encoder.frame", "mlp_mixer", {}, INFOS)
+    trial = Trial("encoder.frame", "mlp_mixer", genotype, 0, 2)
+    keys = [Bench(strategy(), one, sample).key(trial)[0] for one in (given, mixed)]
+    assert keys[0] != keys[1]
+
+
+def test_an_encoder_of_one_modality_reads_a_source_of_it_alone(tmp_path):
+    asked = []
+
+    def restricted(names):
+        asked.append(names)
+        return Signals(64), Signals(32, 1)
+
+    strategy().search(replace(problem(tmp_path), restricted=restricted), tmp_path)
+    assert asked == [("frame",)]  # the other modality had one encoder, and nothing to measure
