@@ -13,9 +13,10 @@ from mmnas_lab.objective.multi_head import MultiHead
 from mmnas_lab.score_store import ScoreStore
 from mmnas_lab.search_space.mixers.space import MixerSpace
 from mmnas_lab.strategy.base import Problem
+from mmnas_lab.strategy.bench import Bench, Trial
 from mmnas_lab.strategy.data_sample import draw_sample
 from mmnas_lab.strategy.decision import decide
-from mmnas_lab.strategy.micro_benchmark import Bench, MicroBenchmark, Trial
+from mmnas_lab.strategy.micro_benchmark import MicroBenchmark
 from mmnas_lab.types import Batch, InputError, InputInfo
 
 INFOS = {
