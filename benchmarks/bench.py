@@ -5,8 +5,9 @@
     cache    a shuffled epoch from the memory-mapped cache against reading the file in order
 
 Variants are interleaved in one process and the ratio is the median over pairs of runs, so that a slow moment
-of the machine hits both; `cpu_ratio` is the same of CPU time, which other programs disturb less. Before it is
-timed, ours is shown equal to the plain one, outputs and gradients.
+of the machine hits both; `cpu_ratio` is the same of CPU time, which other programs disturb less, `flop_ratio`
+of the arithmetic in matrix products. Before it is timed, ours is shown equal to the plain one, outputs and
+gradients.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain_hypernet import PlainHypernet
 from mmnas_lab.backbone.feature_cache import FeatureCache
@@ -225,6 +227,7 @@ def bench_step(pairing: str, runs: int) -> dict[str, Any]:
 
         return both
 
+    flops = {name: flops_of(pair(step)) for name, step in steps.items()}
     times = interleaved({name: pair(step) for name, step in steps.items()}, runs)
 
     def ratio(clock: int) -> float:
@@ -236,9 +239,17 @@ def bench_step(pairing: str, runs: int) -> dict[str, Any]:
         "plain_ms": 1e3 * statistics.median(wall for wall, _ in times["plain"]),
         "ratio": ratio(0),
         "cpu_ratio": ratio(1),
+        "flop_ratio": flops["plain"] / flops["ours"],
         "target": TARGETS[pairing],
         "runs": runs,
     }
+
+
+def flops_of(run: Callable[[], None]) -> int:
+    """Floating-point operations of its matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 def interleaved(variants: dict[str, Callable[[], None]], runs: int) -> dict[str, list[tuple[float, float]]]:

@@ -128,6 +128,7 @@ class Flatten(nn.Module):
 
     def forward(self, cells: Sequence[Tensor]) -> Tensor:
         last = torch.cat(list(cells[-self.num_cells :]), -1)  # (B, L, H C)
-        if self.norm is not None:
-            last = torch.relu(self.norm(last))
-        return last.transpose(1, 2).flatten(1)
+        if self.norm is None:
+            return last.transpose(1, 2).flatten(1)
+        # ReLU last: its gradient is slow where result and gradient differ in their order in memory.
+        return torch.relu(self.norm(last).transpose(1, 2).flatten(1))
