@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,7 +37,7 @@ from mmnas_lab.backbone.feature_source import FeatureSource
 from mmnas_lab.backbone.feature_writer import FEATURES_FILE, STATISTICS_FILE, array_path
 from mmnas_lab.config import Optimizer
 from mmnas_lab.loader import Batches, draw_clean
-from mmnas_lab.search_space.base import Hypernet
+from mmnas_lab.search_space.base import Hypernet, held_weights
 from mmnas_lab.search_space.fusion.space import FusionSpace
 from mmnas_lab.training import make_optimizer
 from mmnas_lab.types import InputInfo, Inputs
@@ -56,10 +57,11 @@ TARGETS = {"shared": 3.0, "distinct": 2.2, "epoch": 100.0, "read": 0.5, "waiting
 # ---- the two search steps ---------------------------------------------------------------------------
 
 
-class Step:
+class Step(nn.Module):
     """A network with its head and optimizers, and a search step pair on two batches."""
 
     def __init__(self, network: nn.Module, arch: list[nn.Parameter]) -> None:
+        super().__init__()
         self.network, self.arch = network, arch
         self.head = nn.Linear(2 * CHANNELS * LENGTH, CLASSES)
         ids = {id(parameter) for parameter in arch}
@@ -71,8 +73,8 @@ class Step:
         """(B, 2 C L)."""
         raise NotImplementedError
 
-    def loss(self, inputs: Inputs, labels: Tensor) -> Tensor:
-        """Of one batch."""
+    def forward(self, inputs: Inputs, labels: Tensor) -> Tensor:
+        """The loss of one batch."""
         return F.binary_cross_entropy_with_logits(self.head(self.embedding(inputs)), labels)
 
     def arch_step(self, inputs: Inputs, labels: Tensor) -> None:
@@ -106,7 +108,8 @@ class OurStep(Step):
         return self.network(inputs).embedding
 
     def arch_step(self, inputs: Inputs, labels: Tensor) -> None:
-        gradients = torch.autograd.grad(self.loss(inputs, labels), self.arch)
+        loss = functional_call(self, held_weights(self, self.arch), (inputs, labels))
+        gradients = torch.autograd.grad(loss, self.arch)
         for parameter, gradient in zip(self.arch, gradients, strict=True):
             parameter.grad = gradient
         self.arch_optimizer.step()
@@ -115,7 +118,7 @@ class OurStep(Step):
     def weight_step(self, inputs: Inputs, labels: Tensor) -> None:
         self.weight_optimizer.zero_grad()
         with self.network.weights_only():
-            self.loss(inputs, labels).backward()
+            self(inputs, labels).backward()
         self.weight_optimizer.step()
 
 
@@ -141,7 +144,7 @@ class PlainStep(Step):
     def _step(self, optimizer: torch.optim.Optimizer, inputs: Inputs, labels: Tensor) -> None:
         self.weight_optimizer.zero_grad()
         self.arch_optimizer.zero_grad()
-        self.loss(inputs, labels).backward()
+        self(inputs, labels).backward()
         optimizer.step()
 
     def arch_step(self, inputs: Inputs, labels: Tensor) -> None:

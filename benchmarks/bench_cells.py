@@ -21,10 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.plain_supernet import PlainSupernet
-from mmnas_lab.search_space.base import Hypernet
+from mmnas_lab.search_space.base import Hypernet, held_weights
 from mmnas_lab.search_space.cnn_cells.space import CnnCellSpace
 from mmnas_lab.types import InputInfo
 
@@ -71,20 +72,29 @@ class Plain:
         self.half(image, labels)
 
 
-class Ours:
-    """The architecture half-step differentiates by the logits alone, the weight half-step holds them."""
+class Loss(nn.Module):
+    """The cross-entropy of a supernet and a head."""
 
     def __init__(self, network: Hypernet, head: nn.Linear) -> None:
+        super().__init__()
         self.network, self.head = network, head
+
+    def forward(self, image: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.network({"image": image}).embedding), labels)
+
+
+class Ours:
+    """Each half-step holds what it does not move, as those of a search do."""
+
+    def __init__(self, network: Hypernet, head: nn.Linear) -> None:
+        self.network, self.head, self.loss = network, head, Loss(network, head)
         self.arch = list(network.arch.values())
         arch = {id(parameter) for parameter in self.arch}
         self.weights = [p for p in network.parameters() if id(p) not in arch] + list(head.parameters())
 
-    def loss(self, image: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.head(self.network({"image": image}).embedding), labels)
-
     def arch_half(self, image: Tensor, labels: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(self.loss(image, labels), self.arch))
+        loss = functional_call(self.loss, held_weights(self.loss, self.arch), (image, labels))
+        return list(torch.autograd.grad(loss, self.arch))
 
     def weight_half(self, image: Tensor, labels: Tensor) -> None:
         for parameter in self.weights:

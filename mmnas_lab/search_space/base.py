@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -115,6 +115,16 @@ class Hypernet(Network):
         """An architecture logit tensor, detached in the weight half-step."""
         parameter = self.arch[name]
         return parameter.detach() if self._weights_only else parameter
+
+
+def held_weights(module: nn.Module, arch: Iterable[nn.Parameter]) -> dict[str, Tensor]:
+    """A module's parameters but for the logits, by name and without gradients, for `functional_call`.
+
+    An architecture half-step then keeps nothing that only gradients of weights would need.
+    """
+    logits = {id(parameter) for parameter in arch}
+    named = module.named_parameters()
+    return {name: parameter.detach() for name, parameter in named if id(parameter) not in logits}
 
 
 class SearchSpace(Protocol):

@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import nn
+from torch.func import functional_call
 
 from mmnas_lab import distributed
 from mmnas_lab.objective.base import Scored
+from mmnas_lab.search_space.base import held_weights
 from mmnas_lab.types import Batch, InputError
 
 SMALL = 8
@@ -40,7 +42,7 @@ def dominant_eigenvalue(
     """
     buffers = {name: buffer.clone() for name, buffer in scored.named_buffers()}
     with torch.random.fork_rng():
-        loss = scored(batch, "arch").total
+        loss = functional_call(scored, held_weights(scored, arch), (batch, "arch")).total
         gradients = torch.autograd.grad(loss, arch, create_graph=True, allow_unused=True)
         gradient = torch.cat(
             [

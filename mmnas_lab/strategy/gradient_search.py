@@ -10,17 +10,18 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from mmnas_lab import distributed
 from mmnas_lab.loader import Batches, FixedBatches, JoinedSource, Source, draw_clean
 from mmnas_lab.objective.base import Scored
 from mmnas_lab.randomness import seed_of
-from mmnas_lab.search_space.base import Hypernet
+from mmnas_lab.search_space.base import Hypernet, held_weights
 from mmnas_lab.strategy.base import Problem, SearchResult
 from mmnas_lab.strategy.curvature import CurvatureStop, Stop, dominant_eigenvalue
 from mmnas_lab.strategy.unrolled import Order, VirtualStep, unrolled_gradient
 from mmnas_lab.training import Fit, make_optimizer, make_schedule
-from mmnas_lab.types import Batch, InputError
+from mmnas_lab.types import Batch, InputError, Losses
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +45,9 @@ class SearchBatch(NamedTuple):
 class SearchModule(Fit):
     """A hypernet under alternating half-steps of alpha, beta, gamma and of w.
 
-    The architecture half-step differentiates with respect to the logits alone, and averages these few numbers
-    over the ranks itself; the weight half-step detaches them. Under DDP the logits are therefore left out of
-    its buckets, and stay bit-identical over ranks because every rank applies the same mean gradient.
+    The architecture half-step detaches the weights, and averages the gradient of the logits, a few numbers,
+    over the ranks itself; the weight half-step detaches the logits. Under DDP the logits are therefore left
+    out of its buckets, and stay bit-identical over ranks because every rank applies the same mean gradient.
     """
 
     def __init__(
@@ -150,7 +151,9 @@ class SearchModule(Fit):
         """One step of alpha, beta and gamma; the parts of its loss."""
         assert batch.arch is not None
         if self.order == "first":
-            losses = self.scored(batch.arch, "arch")
+            losses: Losses = functional_call(
+                self.scored, held_weights(self.scored, self.arch_parameters), (batch.arch, "arch")
+            )
             gradients = list(torch.autograd.grad(losses.total, self.arch_parameters))
         else:
             assert batch.weights is not None

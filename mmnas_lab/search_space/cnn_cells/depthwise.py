@@ -6,8 +6,8 @@ kernel turned round; and the gradient by the kernel from 3x3 pieces without dila
 among every second row and column, and a 5x5 kernel is four overlapping 3x3 ones. A stride of 2 is one of 1
 whose result is read at every second position.
 
-The two gradients are separate nodes of the graph, so that a backward pass that needs one of them, such as an
-architecture half-step, computes one. Both can be differentiated again.
+The gradient by the kernel is computed only where the kernel asks for one, which in an architecture half-step
+it does not. All can be differentiated again.
 """
 
 from __future__ import annotations
@@ -37,10 +37,7 @@ def depthwise(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
     fast = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     if not fast:
         return _forward(x, weight, stride, dilation)
-    result: Tensor = ByInput.apply(x, [weight], stride, dilation)
-    if weight.requires_grad:
-        zero: Tensor = ByKernel.apply(weight, [x], result.shape, stride, dilation)
-        result = result.add_(zero)
+    result: Tensor = Convolution.apply(x, weight, stride, dilation)
     return result
 
 
@@ -49,38 +46,23 @@ def _forward(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
     return F.conv2d(x, weight, None, stride, padding, dilation, groups=x.shape[1])
 
 
-class ByInput(Function):
-    """The convolution, with its gradient by the input; the kernel comes in a list, unseen by autograd."""
+class Convolution(Function):
+    """The convolution, with its gradients by the input and by the kernel."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: list[Tensor], stride: int, dilation: int) -> Tensor:
-        ctx.save_for_backward(*kernel)
-        ctx.shape, ctx.stride, ctx.dilation = x.shape, stride, dilation
-        return _forward(x, kernel[0], stride, dilation)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+        by_input, by_kernel = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if by_kernel else None, weight if by_input else None)
+        ctx.shape, ctx.size, ctx.stride, ctx.dilation = x.shape, weight.shape[-1], stride, dilation
+        return _forward(x, weight, stride, dilation)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (weight,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
         spread = spread_out(gradient, ctx.shape, ctx.stride)
-        return depthwise(spread, weight.flip(2, 3), 1, ctx.dilation), None, None, None
-
-
-class ByKernel(Function):
-    """Zero, with the convolution's gradient by the kernel; the input comes in a list, unseen by autograd."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, source: list[Tensor], shape: torch.Size, stride: int, dilation: int
-    ) -> Tensor:
-        ctx.save_for_backward(*source)
-        ctx.size, ctx.stride, ctx.dilation = weight.shape[-1], stride, dilation
-        return source[0].new_zeros(()).expand(shape)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (x,) = ctx.saved_tensors
-        spread = spread_out(gradient, x.shape, ctx.stride)
-        return kernel_gradient(x, spread, ctx.size, ctx.dilation), None, None, None, None
+        by_input = None if weight is None else depthwise(spread, weight.flip(2, 3), 1, ctx.dilation)
+        by_kernel = None if x is None else kernel_gradient(x, spread, ctx.size, ctx.dilation)
+        return by_input, by_kernel, None, None
 
 
 def spread_out(gradient: Tensor, shape: torch.Size, stride: int) -> Tensor:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from cnn_names import named, reference_tensors, scramble
 from reference import plain_cnn_cells
+from torch.func import functional_call
 
+from mmnas_lab.search_space.base import held_weights
 from mmnas_lab.search_space.cnn_cells import cell as cell_module
 from mmnas_lab.search_space.cnn_cells import supernet as supernet_module
 from mmnas_lab.search_space.cnn_cells.cell import MixedCell
@@ -214,6 +216,33 @@ def test_the_weight_half_step_has_the_same_weight_gradients_and_no_others(option
     for name, gradient in weights.items():
         if gradient is not None:
             torch.testing.assert_close(gradient, everything[name], rtol=1e-9, atol=1e-12)
+
+
+def test_with_weights_held_the_architecture_half_step_keeps_less_for_the_same_gradients(generator):
+    network = (
+        CnnCellSpace(num_cells=3, channels=4).hypernet({"image": InputInfo((3, 16, 16), "image")}).double()
+    )
+    image = torch.randn(4, 3, 16, 16, generator=generator, dtype=torch.float64)
+    arch = list(network.arch.values())
+
+    def half_step(held):
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no address comes twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = functional_call(network, held, ({"image": image},))
+        gradients = torch.autograd.grad(output.embedding.square().sum(), arch)
+        return gradients, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    whole, much = half_step({})
+    gradients, little = half_step(held_weights(network, arch))
+    assert little < 0.85 * much
+    for actual, expected in zip(gradients, whole, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+    assert all(parameter.requires_grad for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("option", ["darts", "channels last", "partial channels", "nas_bench_201"])
