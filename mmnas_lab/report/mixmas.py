@@ -57,8 +57,9 @@ def report_mixmas(results: Path) -> list[Path]:
         "Test scores, mean over seeds with the 95 % interval. All have the same arrays, heads, recipe and "
         "budget, and the state is selected on val by the metric of the column.",
         _levels(of),
-        "MixMAS minus each other, in points, paired over seeds, with the 95 % interval; the best single "
-        "modality is the best on val under that seed.",
+        "Looked for: MixMAS above the random pick, above M2-Mixer and above the best single modality on "
+        "every data set. MixMAS minus each other, in points, paired over seeds, with the 95 % interval; the "
+        "best single modality is the best on val under that seed.",
         _differences(of),
         "Parameters without heads, in thousands, mean over seeds:",
         _parameters(of),
