@@ -166,7 +166,7 @@ def bench_workers(given: Problem, runs: int, seeds: int) -> dict[str, Any]:
         "workers_ratio": statistics.median(ratios),
         "seconds": [[round(one, 2), round(two, 2)] for one, two in seconds],
         "equal_scores": sum(len(scores) for scores in alone),
-        "free_cores": os.cpu_count(),
+        "cores": os.cpu_count(),
     }
 
 

@@ -106,10 +106,11 @@ class Experiment:
                 if isinstance(within, Mapping) and "_target_" in within:
                     check(within, f"{path}.{name}")
 
-        if "search" in config.stages and self.strategy.needs_data:
-            check(config.objective, "objective")
+        # A search's objective follows that of `train` unless it is told otherwise, so that comes first.
         if "train" in config.stages:
             check(config.train.objective, "train.objective")
+        if "search" in config.stages and self.strategy.needs_data:
+            check(config.objective, "objective")
 
     def _refuse_batches_larger_than_the_data(self) -> None:
         """Contrastive stages need whole batches; better said now than after the features."""
