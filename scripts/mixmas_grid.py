@@ -37,6 +37,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from mmnas_lab.dataset.base import SPLITS
 from mmnas_lab.experiment import Experiment
 from mmnas_lab.strategy.bench import Bench, Trial
 from mmnas_lab.study import compose, open_experiment, row_environment
@@ -52,7 +53,7 @@ OVERRIDES = {
         "dataset.depth_frames=8",
         "dataset.depth_height=30",
         "dataset.depth_width=40",
-        "search.epochs=20",  # 263 training samples
+        "search.epochs=15",  # 263 training samples
         "train.epochs=60",
     ],
     "physionet2012": [],
@@ -132,7 +133,8 @@ def main() -> None:
             continue
         settings = [f"experiment=mixmas_{name}", *COMMON, *own, f"dataset.path={path}", f"seed={seed}"]
         experiment = open_experiment(compose([*settings, *arguments.overrides]))
-        environment = row_environment(experiment)
+        counts = {split: len(experiment.data.dataset.ids(split)) for split in SPLITS}
+        environment = {"samples": counts, **row_environment(experiment)}
         identity = {"dataset": name, "seed": seed}
         have = {row["network"] for row in read_rows(arguments.out) if _of(row, "search", identity)}
         if not have:

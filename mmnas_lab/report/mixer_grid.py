@@ -28,6 +28,7 @@ class Grid:
     """What is known of a dataset: of seeds under which every network of it was trained.
 
     Attributes:
+        samples: by split.
         metric: that selects, of full training.
         micro_metric: of the micro-benchmarks.
         seeds: whose rows are whole.
@@ -39,6 +40,7 @@ class Grid:
         grid_seconds: of the full trainings, by seed.
     """
 
+    samples: Mapping[str, int]
     metric: str
     micro_metric: str
     seeds: tuple[int, ...]
@@ -87,6 +89,7 @@ def gather(rows: Sequence[Row], dataset: str, planned: int) -> Grid | None:
         return {name: [by_seed[seed][name][split][metric] for seed in seeds] for name in first}
 
     return Grid(
+        next(iter(first.values()))["samples"],
         metric,
         micro_metric,
         seeds,
@@ -201,8 +204,9 @@ def _dataset(dataset: str, grid: Grid) -> str:
     return "\n\n".join(
         [
             f"## {DATASETS[dataset]}",
-            f"{len(ranked)} networks, {len(grid.seeds)} seeds; full training is selected and compared by "
-            f"{grid.metric}, micro-benchmarks score {grid.micro_metric}.",
+            f"{len(ranked)} networks, {len(grid.seeds)} seeds; {grid.samples['train']:,} training, "
+            f"{grid.samples['val']:,} val and {grid.samples['test']:,} test samples; full training is "
+            f"selected and compared by {grid.metric}, micro-benchmarks score {grid.micro_metric}.",
             "\n".join(lines),
             markdown_table(table, list(table[0])),
         ]

@@ -6,7 +6,7 @@ from mmnas_lab.report import mixer_grid
 from mmnas_lab.report.mixer_grid import gather, kendall, report_mixer_grid, tau_interval
 from mmnas_lab.study_rows import append
 
-SOURCE = {"commit": "abc", "hardware": "a processor"}
+SOURCE = {"samples": {"train": 3200, "val": 800, "test": 4000}, "commit": "abc", "hardware": "a processor"}
 NAMES = [
     f"mlp_mixer, hyper_mixer, {f}, {n}"
     for f in ("concat", "mean", "max")
@@ -65,6 +65,7 @@ def test_the_page_says_regret_tau_and_what_is_missing(rows, tmp_path, monkeypatc
         append(tmp_path / "mixmas_grid.jsonl", row)
     page, figure = report_mixer_grid(tmp_path)
     text = page.read_text()
+    assert "3,200 training, 800 val and 4,000 test samples" in text
     assert "val: 1.0, 3.0, 1.0; mean +1.7 [-1.2, +4.5]" in text
     assert "a random pick), test: +1.5 [-2.8, +5.8] undecided" in text
     assert "means of all seeds: 0.87" in text
