@@ -28,6 +28,7 @@ from mmnas_lab.dataset.split import halves
 from mmnas_lab.fits import refuse_unfit
 from mmnas_lab.loader import Batches, DrawMixed, FixedBatches, JoinedSource, Source, draw_clean, draw_pairs
 from mmnas_lab.objective.base import Needs, Objective, Scored, Weighted, union
+from mmnas_lab.objective.metrics import selection
 from mmnas_lab.randomness import seed_of
 from mmnas_lab.record import read_history, save_module, write_history
 from mmnas_lab.stage import StageResult, digest, stage, write_json
@@ -71,6 +72,7 @@ class Experiment:
         self._refuse_what_does_not_fit()
         self.data = Data(config, self.root, self.space.length, runtime, self.objective)
         self._refuse_unknown_baselines()
+        self._refuse_unknown_metrics()
         self.results: dict[str, StageResult] = self.data.stages
         if self.needs_labels:
             self.data.labels("train")  # early, before anything is computed
@@ -92,6 +94,22 @@ class Experiment:
         for name in self.config.baselines if "test" in self.config.stages else ():
             if name not in known:
                 raise InputError(f"baselines={name}: no such option; {near(name, known)}")
+
+    def _refuse_unknown_metrics(self) -> None:
+        """A metric to select by that the data has not; better said now than after the features."""
+        dataset, config = self.data.dataset, self.config
+
+        def check(node: Mapping[str, Any], path: str) -> None:
+            if "select" in node:
+                selection(node["select"], dataset.task, len(dataset.classes), f"{path}.select")
+            for name, within in node.items():
+                if isinstance(within, Mapping) and "_target_" in within:
+                    check(within, f"{path}.{name}")
+
+        if "search" in config.stages and self.strategy.needs_data:
+            check(config.objective, "objective")
+        if "train" in config.stages:
+            check(config.train.objective, "train.objective")
 
     def _refuse_batches_larger_than_the_data(self) -> None:
         """Contrastive stages need whole batches; better said now than after the features."""
@@ -328,7 +346,10 @@ class Experiment:
         if "test" in wanted:
             stages["test"] = self.test(genotype, name, stages["train"])
             metrics = json.loads((stages["test"].folder / "metrics.json").read_text())
-            log.info("%s: test f1_weighted %.4f", name, metrics["test"]["f1_weighted"])
+            selected = json.loads((stages["train"].folder / "selection.json").read_text())["name"]
+            shown = (selected or "").removeprefix("val_")
+            shown = shown if shown in metrics["test"] else "f1_weighted"
+            log.info("%s: test %s %.4f", name, shown, metrics["test"][shown])
         return Found(genotype, stages, metrics)
 
     # Small things that several stages need.

@@ -279,7 +279,8 @@ def leave(experiment: Experiment, found: Found | None, folder: Path, summary: di
     if histories:
         trace = search.folder / "trace.json" if search is not None else None
         if drawable(folder / "metrics.csv", trace):
-            draw_curves(folder / "metrics.csv", trace, folder / "curves.png")
+            name = (summary["selection"].get("train") or {}).get("name") or ""
+            draw_curves(folder / "metrics.csv", trace, folder / "curves.png", name.removeprefix("val_"))
     if found is not None and "train" in found.stages:
         record.copy(found.stages["train"].folder / "network.safetensors", folder / "network.safetensors")
     record.write_record(folder, summary)

@@ -83,6 +83,40 @@ def test_micro_benchmarks_without_labels(admissions, tmp_path):
     assert record["selection"]["search"]["name"] == "loss"
 
 
+def selected(folder):
+    return {
+        path.parent.name.rsplit("-", 1)[0]: json.loads(path.read_text())["name"]
+        for path in sorted((folder / "stages/train").glob("*/selection.json"))
+    }
+
+
+def test_search_training_and_baselines_select_by_one_metric(admissions, tmp_path):
+    folder = run(configuration("mixmas_mimic3", admissions, tmp_path, "train.objective.select=auroc_macro"))
+    record = json.loads((folder / "record.json").read_text())
+    assert record["selection"]["search"]["name"] == "auroc_macro"
+    assert record["selection"]["train"]["name"] == "val_auroc_macro"
+    names = selected(tmp_path)
+    assert {"found_0", "m2_mixer_0", "series_0", "random_0_0"} <= names.keys()
+    assert set(names.values()) == {"val_auroc_macro"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "train.objective.select=auroc",
+            r"select=auroc: multiclass data of 6 classes",
+        ),
+        ("objective.select=f1_samples", r"objective\.select=f1_samples: .* valid are: auto, loss, accuracy"),
+        ("train.objective.select=aurok", r"select=aurok: no such option; did you mean auroc"),
+    ],
+)
+def test_a_metric_that_the_data_has_not_is_refused_early(admissions, tmp_path, override, message):
+    with pytest.raises(InputError, match=message):
+        run(configuration("mixmas_mimic3", admissions, tmp_path, override))
+    assert not (tmp_path / "stages/features").exists()
+
+
 @pytest.mark.parametrize("baseline", ["two_stream", "audio"])
 def test_baselines_that_the_space_has_not_are_refused_early(admissions, tmp_path, baseline):
     with pytest.raises(InputError, match="baselines"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from mmnas_lab import distributed
 from mmnas_lab.objective.base import Needs, Objective, Run
-from mmnas_lab.objective.metrics import classification_metrics
+from mmnas_lab.objective.metrics import Select, classification_metrics, selection
 from mmnas_lab.types import Batch, InputError, Task
 
 
@@ -24,12 +23,22 @@ class Classifier(Objective):
         classes: names of the Y classes.
         threshold: probability above which a label is predicted (multi-label).
         label_smoothing: share of the target that is spread over all classes (cross-entropy only).
+        select: what states and candidates are chosen by: `loss`, a metric of the task, or `auto` for weighted
+            F1 (multi-label) or accuracy.
+
+    Raises:
+        InputError: settings out of range, or a metric that the task has not.
     """
 
     needs = Needs(views=1, labels=True)
 
     def __init__(
-        self, task: Task, classes: tuple[str, ...], threshold: float, label_smoothing: float
+        self,
+        task: Task,
+        classes: tuple[str, ...],
+        threshold: float,
+        label_smoothing: float,
+        select: Select = "auto",
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
@@ -40,9 +49,7 @@ class Classifier(Objective):
             raise InputError(f"threshold must be between 0 and 1, got {threshold}")
         self.task, self.classes, self.threshold = task, classes, threshold
         self.label_smoothing = label_smoothing
-        self.selects: tuple[str, Literal["min", "max"]] = (
-            ("f1_weighted", "max") if task == "multilabel" else ("accuracy", "max")
-        )
+        self.selects = selection(select, task, len(classes))
 
     @abstractmethod
     def classify(self, run: Run, batch: Batch) -> Tensor:
@@ -74,4 +81,10 @@ class Classifier(Objective):
             logits = torch.cat([part for part, _ in everything])
             labels = torch.cat([part for _, part in everything if len(part)])
         metrics = classification_metrics(logits, labels, self.task, self.threshold)
-        return {"loss": float(self.loss(logits, labels)), **metrics}
+        values = {"loss": float(self.loss(logits, labels)), **metrics}
+        if self.selects[0] not in values:
+            raise InputError(
+                f"select={self.selects[0]} needs samples of several classes among the {len(labels)} that are "
+                "scored, and they are all of one; choose by loss, or hold out more samples"
+            )
+        return values

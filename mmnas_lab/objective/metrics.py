@@ -3,11 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mmnas_lab.types import Task
+from mmnas_lab.types import InputError, Task
+
+Select = Literal[
+    "auto",
+    "loss",
+    "accuracy",
+    "f1_weighted",
+    "f1_macro",
+    "f1_micro",
+    "f1_samples",
+    "auroc",
+    "auprc",
+    "auroc_macro",
+    "auprc_macro",
+]
+"""The metric that a state, or a candidate, is chosen by; `auto` is the usual one of the task."""
+
+
+def metric_names(task: Task, num_classes: int) -> tuple[str, ...]:
+    """What `classification_metrics` gives for a task, where every class has a curve."""
+    if task == "multilabel":
+        return "f1_weighted", "f1_micro", "f1_macro", "f1_samples"
+    areas = ("auroc", "auprc") if num_classes == 2 else ("auroc_macro", "auprc_macro")
+    return "accuracy", "f1_macro", "f1_weighted", *areas
+
+
+def selection(
+    select: str, task: Task, num_classes: int, key: str = "select"
+) -> tuple[str, Literal["min", "max"]]:
+    """The quantity to choose by, and whether it is to be small or large.
+
+    Args:
+        select: `auto` for weighted F1 (multi-label) or accuracy, `loss`, or a metric of the task.
+        task: of the dataset.
+        num_classes: Y.
+        key: what a message calls it.
+
+    Raises:
+        InputError: a metric that the task has not, with those that it has.
+    """
+    if select == "auto":
+        return ("f1_weighted" if task == "multilabel" else "accuracy"), "max"
+    if select == "loss":
+        return "loss", "min"
+    valid = metric_names(task, num_classes)
+    if select not in valid:
+        raise InputError(
+            f"{key}={select}: {task} data of {num_classes} classes has no such metric; valid are: auto, "
+            f"loss, {', '.join(valid)}"
+        )
+    return select, "max"
 
 
 def classification_metrics(logits: Tensor, labels: Tensor, task: Task, threshold: float) -> dict[str, float]:

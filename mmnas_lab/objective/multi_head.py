@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mmnas_lab.objective.base import Half, Run
 from mmnas_lab.objective.classifier import Classifier
+from mmnas_lab.objective.metrics import Select
 from mmnas_lab.objective.supervised import Supervised
 from mmnas_lab.types import Batch, InputError, Inputs, Losses, Output, OutputInfo, Task
 
@@ -35,6 +36,7 @@ class MultiHead(Classifier):
         prior_bias: start every head's bias at `prior` instead of torch's default.
         weight_scale: factor on the initial weights.
         label_smoothing: share of the target that is spread over all classes (cross-entropy only).
+        select: what states and candidates are chosen by, as in `Classifier`; scores of z_f.
 
     Raises:
         InputError: weights out of range, or what `Supervised` refuses.
@@ -57,8 +59,9 @@ class MultiHead(Classifier):
         prior_bias: bool = False,
         weight_scale: float = 1.0,
         label_smoothing: float = 0.0,
+        select: Select = "auto",
     ) -> None:
-        super().__init__(task, classes, threshold, label_smoothing)
+        super().__init__(task, classes, threshold, label_smoothing, select)
         if fusion_weight is not None and not 0 <= fusion_weight <= 1:
             raise InputError(f"fusion_weight must be in [0, 1], got {fusion_weight:g}")
         if fusion_weight_growth < 0 or growth_from_epoch < 0:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mmnas_lab.objective.base import Half, Run
 from mmnas_lab.objective.classifier import Classifier
+from mmnas_lab.objective.metrics import Select
 from mmnas_lab.types import Batch, InputError, Losses, OutputInfo, Task
 
 
@@ -26,6 +27,7 @@ class Supervised(Classifier):
         auxiliary_weight: of the same loss by a second classifier on the tap `auxiliary`, in training (DARTS:
             0.4); the found network must have that tap.
         output: shapes of the network's taps.
+        select: what states and candidates are chosen by, as in `Classifier`.
     """
 
     def __init__(
@@ -41,8 +43,9 @@ class Supervised(Classifier):
         label_smoothing: float = 0.0,
         auxiliary_weight: float = 0.0,
         output: OutputInfo | None = None,
+        select: Select = "auto",
     ) -> None:
-        super().__init__(task, classes, threshold, label_smoothing)
+        super().__init__(task, classes, threshold, label_smoothing, select)
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(embedding, len(classes))
         self.auxiliary_weight = auxiliary_weight

@@ -98,7 +98,7 @@ Metrics = dict[tuple[str, str], tuple[list[float], list[float]]]
 """Steps and values by name ("train/loss") and run ("found")."""
 
 
-def draw_curves(metrics_csv: Path, trace_json: Path | None, path: Path) -> None:
+def draw_curves(metrics_csv: Path, trace_json: Path | None, path: Path, selects: str = "") -> None:
     """Write one picture of what a run logged; panels without data are left out.
 
     A row of losses and collapse monitors of the search, one of its architecture weights, and one of what
@@ -109,11 +109,12 @@ def draw_curves(metrics_csv: Path, trace_json: Path | None, path: Path) -> None:
         trace_json: `{"names": {"alpha": [...]}, "records": [{"step": 0, "mixing": {"alpha": [...]}}]}` with
             mixing weights, 0 to 1, in the order of their names; None or absent where a strategy has none.
         path: any format that matplotlib writes by its suffix.
+        selects: the metric that training selected by, whose curve is shown; empty for the usual one.
 
     Raises:
         ValueError: if there is nothing to draw.
     """
-    figure = curves_figure(_read_metrics(metrics_csv), _read_trace(trace_json))
+    figure = curves_figure(_read_metrics(metrics_csv), _read_trace(trace_json), selects)
     with rc_context(STYLE):
         figure.savefig(path, dpi=150)
 
@@ -124,9 +125,9 @@ def drawable(metrics_csv: Path, trace_json: Path | None) -> bool:
     return bool(_search_panels(metrics) or _weight_panels(trace) or _run_panels(metrics))
 
 
-def curves_figure(metrics: Metrics, trace: dict[str, Any]) -> Figure:
+def curves_figure(metrics: Metrics, trace: dict[str, Any], selects: str = "") -> Figure:
     """The picture of `draw_curves` as a figure with one titled axes a panel."""
-    stages = [_search_panels(metrics), _weight_panels(trace), _run_panels(metrics)]
+    stages = [_search_panels(metrics), _weight_panels(trace), _run_panels(metrics, selects)]
     rows = [row[i : i + ROW_PANELS] for row in stages for i in range(0, len(row), ROW_PANELS)]
     if not rows:
         raise ValueError("draw_curves needs a metric or a trace, got neither")
@@ -243,16 +244,17 @@ def _weight_panels(trace: dict[str, Any]) -> list[_Panel]:
     return [panel for panel in panels if panel.lines]
 
 
-def _run_panels(metrics: Metrics) -> list[_Panel]:
+def _run_panels(metrics: Metrics, selects: str = "") -> list[_Panel]:
     """Losses and selection metric of the found network and the baselines."""
-    selection = _selection([name for name, _ in metrics], "train/val_")
+    selection = selects or _selection([name for name, _ in metrics], "train/val_")
     validation = _runs(metrics, "pretrain/val_loss", dashed=True)
     title = "Pretraining: loss" + (" (dashed: validation)" if validation else "")
+    chosen = [] if selection == "loss" else _runs(metrics, f"train/val_{selection}")
     panels = [
         _Panel(title, validation + _runs(metrics, "pretrain/loss")),
         _Panel("Training: loss", _runs(metrics, "train/loss")),
         _Panel("Training: validation loss", _runs(metrics, "train/val_loss")),
-        _Panel(f"Training: validation {_plain(selection)}", _runs(metrics, f"train/val_{selection}")),
+        _Panel(f"Training: validation {_plain(selection)}", chosen),
     ]
     return [panel for panel in panels if panel.lines]
 

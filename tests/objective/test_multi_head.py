@@ -122,6 +122,8 @@ def test_scores_are_those_of_the_fused_logits(generator):
     assert values["accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
     assert values["loss"] == pytest.approx(loss_of("multiclass", logits, labels).item(), rel=1e-5)
     assert objective.selects == ("accuracy", "max")
+    assert made(select="auroc_macro").selects == ("auroc_macro", "max")
+    assert Mix(first=Term(made(select="loss"))).selects == ("first_loss", "min")
 
 
 def test_the_fused_weight_grows_after_each_epoch_up_to_one():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmnas_lab.loader import FixedBatches, draw_clean
-from mmnas_lab.objective.metrics import classification_metrics, per_class_f1
+from mmnas_lab.objective.metrics import classification_metrics, metric_names, per_class_f1
 from mmnas_lab.objective.supervised import Supervised
 from mmnas_lab.types import Batch, InputError, Output
 
@@ -146,3 +146,35 @@ def test_evaluation_is_the_same_on_one_and_two_ranks(count, task):
     first, second = on_ranks(evaluated, count, 4, task)
     assert first == second
     assert first == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize(("task", "count"), [("multilabel", 4), ("multiclass", 4), ("multiclass", 2)])
+def test_every_metric_of_a_task_can_select(task, count, generator):
+    logits = torch.randn(30, count, generator=generator)
+    labels = torch.arange(30) % count
+    if task == "multilabel":
+        labels = torch.rand(30, count, generator=generator).gt(0.6).float()
+    assert set(metric_names(task, count)) == classification_metrics(logits, labels, task, 0.3).keys()
+    for name in metric_names(task, count):
+        head = Supervised(3, task, CLASSES[:count], torch.zeros(count), select=name)
+        assert head.selects == (name, "max")
+    head = Supervised(3, task, CLASSES[:count], torch.zeros(count), select="loss")
+    assert head.selects == ("loss", "min")
+
+
+@pytest.mark.parametrize(
+    ("task", "count", "select"),
+    [("multilabel", 4, "accuracy"), ("multiclass", 4, "auroc"), ("multiclass", 2, "auroc_macro")],
+)
+def test_a_metric_that_the_task_has_not_is_refused_with_those_it_has(task, count, select):
+    with pytest.raises(InputError, match=f"select={select}: {task} data") as refusal:
+        Supervised(3, task, CLASSES[:count], torch.zeros(count), select=select)
+    assert all(name in str(refusal.value) for name in ("auto", "loss", *metric_names(task, count)))
+
+
+def test_areas_of_one_class_alone_are_refused_where_they_would_select():
+    head = Supervised(2, "multiclass", ("no", "yes"), torch.zeros(2), select="auroc")
+    inputs = {"x": torch.zeros(4, 2)}
+    batch = Batch((inputs,), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(InputError, match="select=auroc needs samples of several classes"):
+        head.evaluate(lambda inputs: Output(inputs["x"], {}), [batch])

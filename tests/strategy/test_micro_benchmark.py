@@ -59,13 +59,13 @@ def space(**more):
     return MixerSpace(encoders, ["concat", "mean"], {"mlp_mixer": MLP, "hyper_mixer": HYPER}, width=4)
 
 
-def problem(folder, one=None, epochs=2):
+def problem(folder, one=None, epochs=2, select="auto"):
     settings = Search(
         epochs=epochs, batch_size=8, optimizer=Optimizer(lr=0.02), arch_optimizer=Optimizer(), on="train_val"
     )
 
     def objective(info):
-        return MultiHead(info.embedding, "multiclass", ("no", "yes"), torch.zeros(2), info)
+        return MultiHead(info.embedding, "multiclass", ("no", "yes"), torch.zeros(2), info, select=select)
 
     return Problem(
         one or space(), INFOS, objective, MultiHead.needs, Signals(64), Signals(32, 1), draw_clean, settings,
@@ -254,6 +254,21 @@ def test_scores_under_another_precision_are_not_taken_for_these(tmp_path):
     trial = Trial("encoder.frame", "mlp_mixer", genotype, 0, 2)
     keys = [Bench(strategy(), one, sample).key(trial)[0] for one in (given, mixed)]
     assert keys[0] != keys[1]
+
+
+def test_scores_are_of_the_metric_that_selects_and_kept_under_its_name(tmp_path):
+    """One store, two metrics: none is taken for the other, and the loss is the better the smaller it is."""
+    found = {}
+    for select in ("auto", "auroc", "loss"):
+        result = strategy().search(problem(tmp_path, select=select), tmp_path)
+        found[select] = result.selection
+    assert [found[select]["name"] for select in found] == ["accuracy", "auroc", "loss"]
+    assert len({selection["new_scores"] for selection in found.values()}) == 1  # nothing was reused
+    rows = ScoreStore(tmp_path / "scores.sqlite").rows()
+    assert {row["metric"] for row in rows} == {"accuracy", "auroc", "loss"}
+    assert len({row["key"] for row in rows}) == len(rows)
+    options = found["loss"]["decisions"]["encoder.frame"]["options"].values()
+    assert all(score < 0 for option in options for score in option["scores"])
 
 
 def test_an_encoder_of_one_modality_reads_a_source_of_it_alone(tmp_path):
