@@ -70,7 +70,12 @@ def best_modality(arm: Sequence[Row]) -> str:
 
 def _of(row: Row, network: str, split: str = "test", metric: str | None = None) -> float:
     scores: Mapping[str, Mapping[str, float]] = row["networks"][network]
-    return scores[split][metric or row["selected_by"]]
+    return scores[split][metric or metric_of(row)]
+
+
+def metric_of(row: Row) -> str:
+    """The metric that selects checkpoints, without the split that it was measured on."""
+    return str(row["selected_by"]).removeprefix("val_")
 
 
 def _differences(arms: Sequence[tuple[str, float, Sequence[Row]]]) -> str:
@@ -90,7 +95,7 @@ def _differences(arms: Sequence[tuple[str, float, Sequence[Row]]]) -> str:
                 {
                     "data": dataset,
                     "r": f"{share:g}",
-                    "metric": arm[0]["selected_by"],
+                    "metric": metric_of(arm[0]),
                     "contrast": contrast,
                     "points": verdict(paired_interval(ours, theirs)),
                 }
@@ -126,7 +131,7 @@ def _levels(dataset: str, share: float, arm: Sequence[Row]) -> str:
             f"## {DATASETS[dataset]}, r = {share:g}",
             f"{labelled['rows']} of {labelled['of']} training samples are labelled, of at least {covered} of "
             f"the {labelled['classes_of']} classes, at least {least} of each. Checkpoints are selected by "
-            f"{arm[0]['selected_by']}. Test, mean over {len(arm)} seeds +- half width of the 95 % interval:",
+            f"{metric_of(arm[0])}. Test, mean over {len(arm)} seeds +- half width of the 95 % interval:",
             markdown_table(table, list(table[0])),
             "Genotypes (inputs and operations of each cell):\n\n" + "\n".join(searches),
             f"A search took {seconds['ssl_nas']:.0f} s without labels and "

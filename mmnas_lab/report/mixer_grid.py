@@ -83,15 +83,16 @@ def gather(rows: Sequence[Row], dataset: str, planned: int) -> Grid | None:
     if not seeds:
         return None
     first = by_seed[seeds[0]]
-    metric, micro_metric = (next(iter(first.values()))[key] for key in ("selected_by", "micro_metric"))
+    any_row = next(iter(first.values()))
+    metric = str(any_row["selected_by"]).removeprefix("val_")
 
     def values(split: str) -> dict[str, list[float]]:
         return {name: [by_seed[seed][name][split][metric] for seed in seeds] for name in first}
 
     return Grid(
-        next(iter(first.values()))["samples"],
+        any_row["samples"],
         metric,
-        micro_metric,
+        any_row["micro_metric"],
         seeds,
         {name: [fmean(by_seed[seed][name]["micro"]) for seed in seeds] for name in first},
         values("val"),

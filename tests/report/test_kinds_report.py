@@ -16,7 +16,7 @@ def row(seed, dataset="utd_mhad", share=0.1, metric="accuracy", **test):
         "labelled_share": share,
         "seed": seed,
         "labelled": {"rows": 26, "of": 263, "classes": 26 - seed, "classes_of": 27, "least": 0},
-        "selected_by": metric,
+        "selected_by": f"val_{metric}",
         "networks": {
             name: {
                 "val": {metric: 1 - level if name == "inertial" else 0.3},

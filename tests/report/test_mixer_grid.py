@@ -20,7 +20,7 @@ def network(seed, place, **more):
     return {
         "kind": "network", "dataset": "physionet2012", "seed": seed, "network": NAMES[place],
         "micro": [0.5 + 0.02 * place, 0.5 + 0.02 * place + 0.01], "micro_metric": "auroc",
-        "selected_by": "auroc", "val": {"auroc": 0.8 + 0.01 * val}, "test": {"auroc": 0.7 + 0.01 * place},
+        "selected_by": "val_auroc", "val": {"auroc": 0.8 + 0.01 * val}, "test": {"auroc": 0.7 + 0.01 * place},
         "train_seconds": 10.0, **SOURCE, **more,
     }  # fmt: skip
 
