@@ -53,7 +53,7 @@ class Grid:
 
     def level(self, split: str, network: str) -> float:
         """Mean over the seeds of the full training."""
-        return fmean((self.val if split == "val" else self.test)[network])
+        return fmean(self._scores(split)[network])
 
     @property
     def best_on_val(self) -> str:
@@ -61,14 +61,20 @@ class Grid:
         return max(self.val, key=lambda network: self.level("val", network))
 
     def regrets(self, split: str) -> list[float]:
-        """Level of the network that is best on val minus that of each seed's choice, in points."""
-        best = self.level(split, self.best_on_val)
-        return [100 * (best - self.level(split, self.chosen[seed])) for seed in self.seeds]
+        """By seed, the network that is best on val in the mean minus that seed's choice, in points."""
+        scores, best = self._scores(split), self.best_on_val
+        return [100 * (scores[best][k] - scores[self.chosen[seed]][k]) for k, seed in enumerate(self.seeds)]
 
     def gains(self, split: str) -> list[float]:
-        """Level of each seed's choice minus the mean of the grid, in points."""
-        mean = fmean(self.level(split, network) for network in self.val)
-        return [100 * (self.level(split, self.chosen[seed]) - mean) for seed in self.seeds]
+        """By seed, that seed's choice minus the mean of the grid, in points."""
+        scores = self._scores(split)
+        return [
+            100 * (scores[self.chosen[seed]][k] - fmean(values[k] for values in scores.values()))
+            for k, seed in enumerate(self.seeds)
+        ]
+
+    def _scores(self, split: str) -> dict[str, list[float]]:
+        return self.val if split == "val" else self.test
 
 
 def gather(rows: Sequence[Row], dataset: str, planned: int) -> Grid | None:
@@ -140,10 +146,12 @@ def report_mixer_grid(results: Path) -> list[Path]:
         "three for the series; three fusion functions and two fusion networks. Sizes of `scale=cpu`, few "
         "epochs. Ours, at this scale; not to be set beside the paper's figures. What was looked for was "
         "written down before the first run, in `scripts/mixmas_grid.py`.",
-        "A network's level is its mean over the seeds of the full training. Regret is the level of the "
-        "network that is best on val minus that of the greedy choice, in points; on test it may be "
-        "negative. Intervals are 95 %; over the searches' seeds they are Student's, of tau they are a "
-        f"bootstrap over networks ({RESAMPLES} resamples).",
+        "A network is named after its encoders (of skeleton, sensor and depth; of series and table), its "
+        "fusion function and its fusion network. Its level is its mean over the seeds of the full "
+        "training. Regret is the network of the highest level on val minus the greedy choice of a seed, both "
+        "as trained under that seed, in points; on test it may be negative, and on val it favours the grid, "
+        "whose best one is chosen there. Intervals are 95 %; over seeds they are "
+        f"Student's, of tau they are a bootstrap over networks ({RESAMPLES} resamples).",
         *(_dataset(dataset, grid) for dataset, grid in grids.items()),
         f"![micro-benchmark score against full training]({figure.name})",
         _provenance(rows, grids),
