@@ -39,6 +39,7 @@ check: install
 bench: install
 	$(BIN)/python -m benchmarks.bench
 	$(BIN)/python -m benchmarks.bench_cells
+	$(BIN)/python -m benchmarks.bench_micro
 
 fusion-table: install
 	$(BIN)/python scripts/fusion_table.py dataset.path=$(POSTERS)

@@ -24,7 +24,7 @@ from mmnas_lab import distributed
 from mmnas_lab.config import FitSettings, Optimizer
 from mmnas_lab.loader import Batches, FixedBatches
 from mmnas_lab.objective.base import Objective, Scored
-from mmnas_lab.randomness import seed_of
+from mmnas_lab.randomness import reseed, seed_of
 from mmnas_lab.stage import atomically
 from mmnas_lab.types import Batch, TrainingError
 
@@ -184,7 +184,7 @@ class Fit(pl.LightningModule):
         self.step_address = seed_of(*self.address, "step")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed((self.step_address + self._done * 1_000_003 + distributed.rank() * 7919) % 2**63)
+        reseed((self.step_address + self._done * 1_000_003 + distributed.rank() * 7919) % 2**63)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._done += 1

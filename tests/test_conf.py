@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from mmnas_lab.build import GROUPS, check_config, check_schema, parameter_names, target
@@ -114,6 +116,37 @@ def test_regularisers_are_nodes_by_name():
 def test_a_misspelt_regulariser_is_named(check, node, message):
     with pytest.raises(InputError, match=message):
         check(regularised(**({"weight": 1.0, "function": {"_target_": ZERO_ONE}} | node)))
+
+
+SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml") if path.stem != "none")
+
+
+def values_of(override: Override) -> list[str]:
+    """What a sweep goes through for one key, as words of a command line."""
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    return [str(value) for value in override.sweep_string_iterator()]
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_every_job_of_a_sweep_composes(sweep):
+    params = yaml.safe_load((CONF / f"sweep/{sweep}.yaml").read_text())["hydra"]["sweeper"]["params"]
+    parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+    grid = {override.key_or_group: values_of(override) for override in parsed}
+    others = [f"{key}={values[-1]}" for key, values in grid.items() if key != "experiment"]
+    for experiment in grid["experiment"]:
+        config = check_config(composed(f"sweep={sweep}", f"experiment={experiment}", *others))
+        assert config.experiment == experiment
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_a_sweep_says_what_hydra_runs(sweep):
+    """The defaults of a sweep reach Hydra's own sweeper, as more than one job."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        hydra = compose("config", [f"sweep={sweep}"], return_hydra_config=True).hydra
+    assert hydra.mode.name == "MULTIRUN"
+    assert "experiment" in hydra.sweeper.params
+    assert "seed" in hydra.sweeper.params
 
 
 def test_no_snapshot_is_left_over():

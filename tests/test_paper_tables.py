@@ -39,3 +39,12 @@ def test_every_experiment_that_a_row_names_exists():
         row["experiment"] for table in tables() for row in table.get("rows") or [] if "experiment" in row
     }
     assert named <= {path.stem for path in EXPERIMENTS.glob("[!_]*.yaml")}
+
+
+def test_the_sweep_of_a_table_runs_its_rows():
+    for table, sweep in ((("MixMAS (2412.18437)", "II"), "mixmas_table2"),):
+        (found,) = (one for one in tables() if (one["paper"], one["table"]) == table)
+        named = {row["experiment"] for row in found["rows"]}
+        path = EXPERIMENTS.parent / "sweep" / f"{sweep}.yaml"
+        params = yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"]
+        assert {name.strip() for name in params["experiment"].split(",")} == named

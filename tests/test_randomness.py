@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmnas_lab.randomness import generator, seed_of
+from mmnas_lab.randomness import generator, reseed, seed_of
 
 
 def test_an_address_has_one_seed_for_good():
@@ -25,3 +25,13 @@ def test_draws_do_not_depend_on_what_came_before():
     state = torch.get_rng_state()
     assert torch.equal(torch.rand(5, generator=generator(0, "a", 2)), first)
     assert torch.equal(torch.get_rng_state(), state), "the global generator was drawn from"
+
+
+def test_reseeding_is_torchs_without_what_torch_keeps_for_other_devices():
+    torch.manual_seed(123)
+    expected = torch.rand(3), torch.dropout(torch.ones(8), 0.5, train=True)
+    kept = len(torch.cuda._queued_calls)
+    reseed(123)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert torch.equal(torch.dropout(torch.ones(8), 0.5, train=True), expected[1])
+    assert len(torch.cuda._queued_calls) == kept

@@ -7,6 +7,7 @@ from statistics import fmean
 import pytest
 
 from mmnas_lab.report import studies
+from mmnas_lab.report.mixmas import report_mixmas
 from mmnas_lab.report.studies import SEEDS_TUNED_ON
 from mmnas_lab.study_rows import append, read_rows
 
@@ -114,3 +115,33 @@ def test_every_run_on_mechanisms_is_there_once_and_had_a_thousand_steps():
     assert all(row["steps"] >= 1000 for row in rows if row.get("relaxation") != "random")
     assert all(row["commit"] and row["data"] and row["hardware"] for row in rows)
     assert (RESULTS / "cell_mechanisms.md").exists()
+
+
+MIXMAS = read_rows(RESULTS / "mixmas.jsonl")
+
+
+def test_every_run_of_the_mixmas_study_is_there_once_and_says_where_it_comes_from():
+    identities = [(row["dataset"], row["seed"], *row.get("overrides", ())) for row in MIXMAS]
+    assert identities
+    assert len(set(identities)) == len(identities)
+    for row in MIXMAS:
+        assert {"found", "m2_mixer", "late_fusion", "random_genotype"} <= row["test"].keys()
+        assert row["test"].keys() == row["val"].keys()
+        assert all(row["metric"] in scores for scores in row["test"].values())
+        assert row["selection"]["name"] == row["metric"]
+        assert all(row[name] for name in ("commit", "data", "hardware"))
+
+
+def test_a_search_of_mixers_took_the_options_that_its_row_tells():
+    for row in MIXMAS:
+        taken = {stage: made["option"] for stage, made in row["selection"]["decisions"].items()}
+        encoders = {name: taken[f"encoder.{name}"] for name in row["genotype"]["encoders"]}
+        assert row["genotype"]["encoders"] == encoders
+        assert row["genotype"]["fusion_function"] == taken["fusion_function"]
+
+
+def test_the_page_of_the_mixmas_study_is_that_of_its_rows(tmp_path):
+    for name in ("mixmas.jsonl", "mixmas_levels.jsonl"):
+        (tmp_path / name).write_text((RESULTS / name).read_text())
+    (page,) = report_mixmas(tmp_path)
+    assert page.read_text() == (RESULTS / "mixmas.md").read_text()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmnas_lab.objective.base import Scored
+from mmnas_lab.randomness import reseed
 from mmnas_lab.types import Batch, Losses
 
 Order = Literal["first", "second_released", "second_exact"]
@@ -91,7 +92,7 @@ def unrolled_gradient(
     def losses(values: dict[str, Tensor], batch: Batch, half: str) -> Losses:
         buffers = {name: buffer.clone() for name, buffer in scored.named_buffers()}
         with torch.random.fork_rng():  # the same dropout and masks in every evaluation
-            torch.manual_seed(seed)
+            reseed(seed)
             found: Losses = functional_call(scored, {**values, **buffers}, (batch, half))
         return found
 
