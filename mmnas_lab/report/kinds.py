@@ -50,6 +50,9 @@ def report_kinds(results: Path) -> list[Path]:
         "features, training recipe and labelled share r, and selects its checkpoint on val, which is "
         "labelled whole. What was looked for was written down before the first run, in "
         "`scripts/ssl_nas_kinds.py`.",
+        "Not held to a plain model yet: in a trial, logistic regression on the same frozen features of "
+        "UTD-MHAD was above all of these networks. So they may be compared with each other only, and what "
+        "keeps them below it is to be found before more is made of the comparison.",
         "## What was looked for",
         "Paired differences over seeds with 95 % intervals, in points of the metric that selects, on test. "
         "`undecided` unless the interval leaves out 0; `no effect` where it lies within +-1 point.",
