@@ -140,6 +140,29 @@ class Experiment:
 
     # Stages.
 
+    def problem(self) -> Problem:
+        """What the search strategy is given; reads the features, and the labels if the objective does."""
+        config, settings = self.config, self.config.search
+        needs, infos = self.objective_needs(config.objective), self.data.cache.infos
+        weights, architecture = self._search_sources(needs)
+        return Problem(
+            self.space,
+            infos,
+            lambda info: self.objective(config.objective, info, infos),
+            needs,
+            weights,
+            architecture,
+            draw_pairs if needs.views == 2 else DrawMixed(settings.view_probability),
+            settings,
+            config.seed,
+            self.runtime,
+            self.regularisers(),
+            self.root.parent,
+            self.data.stages["features"].key + self._label_key(needs),
+            config.objective,
+            lambda names: self._search_sources(needs, names),
+        )
+
     def search(self) -> StageResult:
         """The genotype, by the strategy; `genotype.json`, `margins.json` and the trace lie in its folder."""
         config, settings = self.config, self.config.search
@@ -156,27 +179,7 @@ class Experiment:
                 inputs["labels"] = self.data.dataset.label_fingerprint()
 
         def compute(folder: Path) -> None:
-            weights, architecture = self._search_sources(needs)
-            found = self.strategy.search(
-                Problem(
-                    self.space,
-                    self.data.cache.infos,
-                    lambda info: self.objective(config.objective, info, self.data.cache.infos),
-                    needs,
-                    weights,
-                    architecture,
-                    draw_pairs if needs.views == 2 else DrawMixed(settings.view_probability),
-                    settings,
-                    config.seed,
-                    self.runtime,
-                    self.regularisers(),
-                    self.root.parent,
-                    self.data.stages["features"].key + self._label_key(needs),
-                    config.objective,
-                    lambda names: self._search_sources(needs, names),
-                ),
-                folder,
-            )
+            found = self.strategy.search(self.problem(), folder)
             if distributed.rank() == 0:
                 write_json(folder / "genotype.json", found.genotype.to_json())
                 write_json(folder / "margins.json", found.margins)

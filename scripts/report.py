@@ -10,7 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from mmnas_lab.report.kinds import report_kinds
 from mmnas_lab.report.mechanisms import report_mechanisms
+from mmnas_lab.report.mixer_grid import report_mixer_grid
 from mmnas_lab.report.mixmas import report_mixmas
 from mmnas_lab.report.studies import collect_posters, report_fusion_table, report_posters
 
@@ -24,7 +26,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.collect is not None:
         print(f"{collect_posters(arguments.collect, arguments.results)} new rows")
-    for write in (report_posters, report_fusion_table, report_mechanisms, report_mixmas):
+    for write in (
+        report_posters,
+        report_fusion_table,
+        report_mechanisms,
+        report_mixmas,
+        report_kinds,
+        report_mixer_grid,
+    ):
         for path in write(arguments.results):
             print(path)
 

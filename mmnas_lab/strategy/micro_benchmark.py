@@ -106,7 +106,7 @@ class MicroBenchmark:
                 "strategy=micro_benchmark runs on one device, with several workers on a CPU alone; set "
                 "trainer.devices=1, and strategy.workers=1 on a GPU"
             )
-        bench = Bench(self, problem, self._sample(problem))
+        bench = self.bench(problem)
         write_json(folder / "sample.json", bench.told())
         log.info("micro-benchmarks on %s", ", ".join(f"{k} {v}" for k, v in bench.told().items()))
         chosen: dict[str, str] = {}
@@ -136,6 +136,10 @@ class MicroBenchmark:
             "new_scores": bench.measured,
         }
         return SearchResult(problem.space.genotype_of(chosen, problem.inputs), margins, selection, history)
+
+    def bench(self, problem: Problem) -> Bench:
+        """What measures micro-benchmarks on this search's sample, of whole networks too."""
+        return Bench(self, problem, self._sample(problem))
 
     def _sample(self, problem: Problem) -> DataSample:
         rows = len(problem.weights)
