@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from mmnas_lab.report.kinds import NETWORKS, PLANNED, metric_of, report_kinds
+from mmnas_lab.report.kinds import NETWORKS, PLAIN_ROWS, PLANNED, metric_of, report_kinds
 from mmnas_lab.report.mixer_grid import NETWORKS_OF, report_mixer_grid
 from mmnas_lab.study_rows import read_rows
 
 RESULTS = Path(__file__).parent.parent / "results"
 KINDS = read_rows(RESULTS / "ssl_nas_kinds.jsonl")
+PLAIN = read_rows(RESULTS / PLAIN_ROWS)
 GRID = read_rows(RESULTS / "mixmas_grid.jsonl")
 
 
@@ -36,7 +37,16 @@ def test_every_network_of_the_grid_is_there_once():
             assert row["network"] in seed or len(seed) < NETWORKS_OF[row["dataset"]]
 
 
-@pytest.mark.parametrize("rows", [KINDS, GRID], ids=["kinds", "grid"])
+def test_each_run_on_other_kinds_has_its_plain_models():
+    keys = ("dataset", "labelled_share", "seed")
+    runs = Counter(tuple(row[key] for key in keys) for row in KINDS)
+    assert Counter(tuple(row[key] for key in keys) for row in PLAIN) == runs
+    for row in PLAIN:
+        assert {"found", "all"} < set(row["models"])
+        assert all(row["metric"] in model["test"] for model in row["models"].values())
+
+
+@pytest.mark.parametrize("rows", [KINDS, PLAIN, GRID], ids=["kinds", "plain", "grid"])
 def test_rows_say_where_they_come_from(rows):
     for row in rows:
         assert len(row["commit"]) == 40
@@ -48,8 +58,7 @@ def test_rows_say_where_they_come_from(rows):
     ("rows", "report"), [("ssl_nas_kinds", report_kinds), ("mixmas_grid", report_mixer_grid)]
 )
 def test_the_page_is_made_from_the_rows_that_are_there(rows, report, tmp_path):
-    source = RESULTS / f"{rows}.jsonl"
-    if source.exists():
+    for source in RESULTS.glob(f"{rows}*.jsonl"):
         (tmp_path / source.name).write_text(source.read_text())
     for path in report(tmp_path):
         if path.suffix == ".md":

@@ -13,6 +13,7 @@ from mmnas_lab.report.tables import markdown_table, mean_interval, paired_interv
 from mmnas_lab.study_rows import read_rows
 
 ROWS = "ssl_nas_kinds.jsonl"
+PLAIN_ROWS = "ssl_nas_kinds_sklearn.jsonl"
 DATASETS = {
     "utd_mhad": "UTD-MHAD (skeleton, inertial sensor, depth; 27 actions)",
     "avmnist": "AV-MNIST (picture, sound; 10 digits), 6,000 / 1,000 / 2,000 pairs",
@@ -34,7 +35,7 @@ Row = Mapping[str, Any]
 
 def report_kinds(results: Path) -> list[Path]:
     """`ssl_nas_kinds.md`: levels, and the differences that were looked for."""
-    rows = read_rows(results / ROWS)
+    rows, plain = read_rows(results / ROWS), read_rows(results / PLAIN_ROWS)
     if not rows:
         return []
     arms = [
@@ -50,9 +51,6 @@ def report_kinds(results: Path) -> list[Path]:
         "features, training recipe and labelled share r, and selects its checkpoint on val, which is "
         "labelled whole. What was looked for was written down before the first run, in "
         "`scripts/ssl_nas_kinds.py`.",
-        "Not held to a plain model yet: in a trial, logistic regression on the same frozen features of "
-        "UTD-MHAD was above all of these networks. So they may be compared with each other only, and what "
-        "keeps them below it is to be found before more is made of the comparison.",
         "## What was looked for",
         "Paired differences over seeds with 95 % intervals, in points of the metric that selects, on test. "
         "`undecided` unless the interval leaves out 0; `no effect` where it lies within +-1 point.",
@@ -62,7 +60,11 @@ def report_kinds(results: Path) -> list[Path]:
         "then BM-NAS as published, which has no pretraining; (d) the unimodal networks are pretrained too; "
         "chosen: of the modalities whose fusion is best on val, a baseline that was added when UTD-MHAD was "
         "seen, where depth, which tells little and is sure of itself, spoils the fusion of all.",
-        *(_levels(dataset, share, arm) for dataset, share, arm in arms),
+        "Plain models beside them: a logistic regression on the same frozen features and labels, its "
+        "regularisation chosen on val (`scripts/ssl_nas_kinds_levels.py`). On the features that the found "
+        "network reads it says what the training of that network is worth; on all features, of which a "
+        "network reads two for each cell, what the choice leaves out.",
+        *(_levels(dataset, share, arm, _same(arm, plain)) for dataset, share, arm in arms),
         _provenance(rows),
     ]
     return [write_text(results / "ssl_nas_kinds.md", "\n\n".join(parts) + "\n")]
@@ -110,7 +112,15 @@ def _differences(arms: Sequence[tuple[str, float, Sequence[Row]]]) -> str:
     return markdown_table(lines, list(lines[0]))
 
 
-def _levels(dataset: str, share: float, arm: Sequence[Row]) -> str:
+def _same(arm: Sequence[Row], plain: Sequence[Row]) -> list[Row]:
+    """The rows of plain models on the runs of an arm; empty unless there is one for each."""
+    keys = ("dataset", "labelled_share", "seed")
+    runs = [{key: row[key] for key in keys} for row in arm]
+    found = [row for run in runs for row in plain if run.items() <= row.items()]
+    return found if len(found) == len(runs) else []
+
+
+def _levels(dataset: str, share: float, arm: Sequence[Row], plain: Sequence[Row]) -> str:
     single = [name for name in arm[0]["networks"] if name not in NETWORKS]
     names = {**NETWORKS, **{name: f"{name} alone, pretrained" for name in single}}
     table = [
@@ -124,6 +134,11 @@ def _levels(dataset: str, share: float, arm: Sequence[Row]) -> str:
         }
         for name, label in names.items()
     ]
+    for name in plain[0]["models"] if plain else ():
+        what = {"found": "what SSL-NAS' network reads", "all": "all features"}.get(name, f"all of {name}")
+        scores = [row["models"][name]["test"] for row in plain]
+        metrics = {metric: _level([score[metric] for score in scores]) for metric in list(table[0])[1:]}
+        table.append({"network": f"logistic regression, {what}", **metrics})
     labelled = arm[0]["labelled"]
     least = min(row["labelled"]["least"] for row in arm)
     covered = min(row["labelled"]["classes"] for row in arm)

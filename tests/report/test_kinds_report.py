@@ -58,6 +58,13 @@ def test_the_page_pairs_seeds_and_says_what_is_undecided_and_missing(tmp_path):
     assert "best on val: seed 0 skeleton + inertial, seed 1 skeleton + inertial" in text
     assert "Not whole yet: 4 of 12 rows" in text
     assert "were added" not in text
+    assert "logistic regression, " not in text  # none for every run
+    for seed in (0, 1, 2):
+        models = {name: {"test": {"accuracy": level}} for name, level in (("found", 0.7), ("all", 0.8))}
+        identity = {"dataset": "utd_mhad", "labelled_share": 0.1, "seed": seed}
+        append(tmp_path / "ssl_nas_kinds_sklearn.jsonl", {**identity, "models": models})
+    report_kinds(tmp_path)
+    assert "| logistic regression, all features" in page.read_text()
 
 
 def test_seeds_that_were_added_later_are_told(tmp_path):
