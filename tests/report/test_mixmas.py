@@ -101,7 +101,7 @@ def test_one_seed_has_no_interval_and_data_sets_stand_side_by_side(tmp_path):
 
 def test_plain_models_stand_beside_where_their_levels_are_known(tmp_path):
     level = {"dataset": "physionet2012", "inputs": "both", "model": "gradient boosting", "metric": "auroc"}
-    append(tmp_path / "mixmas_levels.jsonl", {**level, "test": 0.86, "trained_on": "set a"})
-    append(tmp_path / "mixmas_levels.jsonl", {**level, "dataset": "avmnist", "test": 0.1, "trained_on": "x"})
+    append(tmp_path / "mixmas_levels.jsonl", {**level, "val": 0.84, "test": 0.86})
+    append(tmp_path / "mixmas_levels.jsonl", {**level, "dataset": "avmnist", "val": 0.1, "test": 0.1})
     text = page(tmp_path, [row(0, 0.85, 0.8)])
-    assert cells(text, "PhysioNet 2012", "both") == ["gradient boosting", "set a", "auroc", "0.860"]
+    assert cells(text, "PhysioNet 2012", "both") == ["gradient boosting", "auroc", "0.840", "0.860"]
