@@ -213,7 +213,8 @@ def _dataset(dataset: str, grid: Grid) -> str:
     return "\n\n".join(
         [
             f"## {DATASETS[dataset]}",
-            f"{len(ranked)} networks, {len(grid.seeds)} seed{'s' * (len(grid.seeds) > 1)}; {grid.samples['train']:,} training, "
+            f"{len(ranked)} networks, {len(grid.seeds)} seed{'s' * (len(grid.seeds) > 1)}; "
+            f"{grid.samples['train']:,} training, "
             f"{grid.samples['val']:,} val and {grid.samples['test']:,} test samples; full training is "
             f"selected and compared by {grid.metric}, micro-benchmarks score {grid.micro_metric}.",
             "\n".join(lines),
