@@ -11,6 +11,7 @@ Each BatchNorm is without affine parameters, so that nothing can undo what alpha
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -64,12 +65,12 @@ def kernel(out_channels: int, in_channels: int, size: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(out_channels, in_channels, size, size).uniform_(-bound, bound))
 
 
-class EdgeOps(nn.Module):
+class EdgeOps(nn.Module, ABC):
     """One operation on n edges, with weights of their own."""
 
+    @abstractmethod
     def forward(self, state: State, scale: Tensor) -> Tensor:
         """(B, n C, H / stride, W / stride), edge by edge, each times its entry of `scale` (n,)."""
-        raise NotImplementedError
 
 
 class SeparableConvs(EdgeOps):
@@ -148,12 +149,12 @@ class Noises(EdgeOps):
         return self.draw(x.detach()) * scale.repeat_interleave(x.shape[1])[:, None, None]
 
 
-class SharedOp(nn.Module):
+class SharedOp(nn.Module, ABC):
     """An operation without weights: its result is the same on all edges that leave a state."""
 
+    @abstractmethod
     def forward(self, state: State) -> Tensor:
         """(B, C, H / stride, W / stride)."""
-        raise NotImplementedError
 
 
 class Skip(SharedOp):

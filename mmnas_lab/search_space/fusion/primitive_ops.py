@@ -7,6 +7,7 @@ Sources: BM-NAS (arXiv 2104.09379) eq. 4-8 for `paper`, the behaviour of its rel
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal
 
@@ -60,9 +61,10 @@ def keep_mask(x: Tensor, p: float) -> Tensor:
     return kept.to(x.dtype).mul_(2**16 / (2**16 - dropped)).view(x.shape)
 
 
-class StepOp(nn.Module):
+class StepOp(nn.Module, ABC):
     """Two (B, L, C) tensors to one."""
 
+    @abstractmethod
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -76,21 +78,21 @@ class LinearOp(StepOp):
 
     norm: nn.Module
 
+    @abstractmethod
     def joint_weight(self) -> Tensor:
         """(out, 2C): the first C columns read x, the last C read y."""
-        raise NotImplementedError
 
+    @abstractmethod
     def joint_bias(self) -> Tensor | None:
         """(out,), or none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scale(self, weight: Tensor) -> Tensor:
         """(out,) factors before `activate` that multiply the result by a () weight >= 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def activate(self, product: Tensor) -> Tensor:
         """The normalised (B, L, out) to (B, L, C)."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         product = F.linear(torch.cat([x, y], -1), self.joint_weight(), self.joint_bias())
