@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mmnas_lab"
 ORDER = [
     "types",
     "randomness",
+    "native",
     "config",
     "build",
     "distributed",

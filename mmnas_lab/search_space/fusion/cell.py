@@ -7,13 +7,13 @@ Section numbers of BM-NAS's supplement are not needed to read this: a feature (B
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmnas_lab.search_space.fusion.primitive_ops import BatchNorm, Dropout, LinearOp, StepOp, Zero
+from mmnas_lab.search_space.fusion.fused import Projection, project, relu_transposed, weighted_sum
+from mmnas_lab.search_space.fusion.primitive_ops import BatchNorm, LinearOp, StepOp, Sum, Zero
 from mmnas_lab.types import InputError, InputInfo
 
 
@@ -34,13 +34,17 @@ class Reshape(nn.Module):
         self.length = length
         self.linear = nn.Linear(feature_channels, channels)
         self.norm = BatchNorm(channels)
-        self.dropout = Dropout(dropout)
+        self.p = dropout
 
     def forward(self, feature: Tensor) -> Tensor:
-        h = self.linear(feature.transpose(1, 2))  # (B, L_i, C)
-        if h.shape[1] != self.length:
-            h = h.expand(-1, self.length, -1)
-        return self.dropout(torch.relu_(self.norm(h)))
+        return reshape_all([self], [feature]).squeeze(0)
+
+
+def reshape_all(layers: Sequence[Reshape], features: Sequence[Tensor]) -> Tensor:
+    """Features (B, C_i, L_i) through a layer each, stacked: (n, B, L, C)."""
+    inputs = [feature.transpose(1, 2).contiguous() for feature in features]
+    projections = [Projection(layer.linear.weight, layer.linear.bias, layer.norm) for layer in layers]
+    return project(inputs, projections, layers[0].length, "relu", layers[0].p)
 
 
 class MixedStep(nn.Module):
@@ -58,12 +62,15 @@ class MixedStep(nn.Module):
         """Mix the operations on (B, L, C) operands with weights gamma (K,)."""
         joined = first if first is second else torch.cat([first, second], -1)
         ops: Any = self.ops.values()
-        terms = [
-            op.of_joined(joined, weight) if isinstance(op, LinearOp) else op.weighted(first, second, weight)
-            for weight, op in zip(gamma.unbind(), ops, strict=True)
-            if not isinstance(op, Zero)
-        ]
-        return reduce(torch.add, terms)
+        terms, weights = [], []
+        for weight, op in zip(gamma.unbind(), ops, strict=True):
+            if isinstance(op, Sum):
+                weights = [2 * weight] if first is second else [weight, weight]
+            elif isinstance(op, LinearOp):
+                terms.append(op.of_joined(joined, weight))
+            elif not isinstance(op, Zero):
+                terms.append(op.weighted(first, second, weight))
+        return weighted_sum(torch.stack(weights), [first, second][: len(weights)], terms)
 
 
 class OutConv(nn.Module):
@@ -74,12 +81,12 @@ class OutConv(nn.Module):
         self.num_states = num_states
         self.linear = nn.Linear(num_states * channels, channels)
         self.norm = BatchNorm(channels)
-        self.dropout = Dropout(dropout)
+        self.p = dropout
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
-        return self.dropout(
-            torch.relu_(self.norm(self.linear(torch.cat(list(states[-self.num_states :]), -1))))
-        )
+        joined = torch.cat(list(states[-self.num_states :]), -1)
+        projection = Projection(self.linear.weight, self.linear.bias, self.norm)
+        return project([joined], [projection], joined.shape[1], "relu", self.p).squeeze(0)
 
 
 class LastState(nn.Module):
@@ -130,5 +137,4 @@ class Flatten(nn.Module):
         last = torch.cat(list(cells[-self.num_cells :]), -1)  # (B, L, H C)
         if self.norm is None:
             return last.transpose(1, 2).flatten(1)
-        # ReLU last: its gradient is slow where result and gradient differ in their order in memory.
-        return torch.relu(self.norm(last).transpose(1, 2).flatten(1))
+        return relu_transposed(self.norm(last)).flatten(1)

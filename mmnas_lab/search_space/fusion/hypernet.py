@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmnas_lab.search_space.base import Derived, Hypernet
-from mmnas_lab.search_space.fusion.cell import Flatten, MixedStep
+from mmnas_lab.search_space.fusion.cell import Flatten, MixedStep, reshape_all
 from mmnas_lab.search_space.fusion.derivation import (
     DistinctRule,
     Rule,
@@ -25,6 +25,7 @@ from mmnas_lab.search_space.fusion.derivation import (
     edge_slices,
     inner_slices,
 )
+from mmnas_lab.search_space.fusion.fused import weighted_sum
 from mmnas_lab.search_space.fusion.genotype import FusionGenotype
 from mmnas_lab.search_space.relaxation import gumbel_noise, relax
 from mmnas_lab.types import InputError, InputInfos, Inputs, Output, OutputInfo
@@ -114,12 +115,9 @@ class FusionHypernet(Hypernet):
         return [f"cell.{i} step {m}: {op}" for i, m in steps for op in self.ops]
 
     def forward(self, inputs: Inputs, present: dict[str, Tensor] | None = None) -> Output:
-        h = torch.stack(
-            [
-                reshape(masked(inputs[name], present, self.modality_of[name]))
-                for name, reshape in zip(self.features, self.reshape, strict=True)
-            ]
-        )  # (n, B, L, C)
+        layers: Any = self.reshape
+        features = [masked(inputs[name], present, self.modality_of[name]) for name in self.features]
+        h = reshape_all(list(layers), features)  # (n, B, L, C)
         feature_weights, cell_weights, step_operands = self.operands()
         gamma = self._weights("gamma")  # (N, M, K)
         mixtures = (feature_weights @ h.flatten(1)).view(-1, *h.shape[1:]).unbind()  # S of (B, L, C)
@@ -129,8 +127,9 @@ class FusionHypernet(Hypernet):
         for i in range(self.num_cells):
             rows = range(i * per_cell, (i + 1) * per_cell)
             sources = [mixtures[s] for s in rows]
-            for c, cell in enumerate(cells):
-                sources = [u + cell_weights[s, c] * cell for u, s in zip(sources, rows, strict=True)]
+            if cells:
+                pairs = zip(sources, rows, strict=True)
+                sources = [weighted_sum(cell_weights[s, : len(cells)], cells, [u]) for u, s in pairs]
             states = list(self.cell_inputs(i, sources))
             steps: Any = self.steps[i]
             for m, step in enumerate(steps):
@@ -182,9 +181,8 @@ class SharedHypernet(FusionHypernet):
 
         def step_operands(i: int, m: int, states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             b = beta[i, self.inner[m]]
-            z = (b[0] + b[1]) * states[0]  # x and y are one tensor
-            for q in range(2, 2 + m):
-                z = z + b[q] * states[q]
+            weights = torch.cat([b[:2].sum().view(1), b[2:]])  # x and y are one tensor
+            z = weighted_sum(weights, states[1:])
             return z, z
 
         return feature_weights, cell_weights, step_operands
@@ -266,7 +264,7 @@ class DistinctHypernet(FusionHypernet):
 
         def step_operands(i: int, m: int, states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             b = beta[i, :, self.inner[m]]  # (2, 2 + m)
-            first, second = (sum_of(row, states) for row in b)
+            first, second = (weighted_sum(row, states) for row in b)
             return first, second
 
         return feature_weights, cell_weights, step_operands
@@ -280,14 +278,6 @@ class DistinctHypernet(FusionHypernet):
         alpha = [mixing["alpha"][:, edges] for edges in self.edges]
         beta = [[cell[:, inner] for inner in self.inner] for cell in mixing["beta"]]
         return derive(alpha, beta, mixing["gamma"], self.features, self.ops, self.head_cells, self.rule)
-
-
-def sum_of(weights: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """The weighted sum of tensors of one shape."""
-    total = weights[0] * tensors[0]
-    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
-        total = total + weight * tensor
-    return total
 
 
 def masked(feature: Tensor, present: dict[str, Tensor] | None, modality: str) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmnas_lab.search_space.fusion.fused import Activation, Projection, Scores, drop, project
+
 Protocol = Literal["paper", "released_code"]
 
 
@@ -24,41 +26,12 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, -2)).view(x.shape)
 
-    def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
-        """The result times `scale` (C,), which goes into the affine and so costs nothing."""
-        weight, bias = self.weight * scale, self.bias * scale
-        if self.training:
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-        rows = x.flatten(0, -2)
-        momentum = self.momentum or 0.0
-        out = F.batch_norm(
-            rows, self.running_mean, self.running_var, weight, bias, self.training, momentum, self.eps
-        )
-        return out.view(x.shape)
-
 
 class Dropout(nn.Dropout):
-    """Dropout that costs nothing at p = 0, and on a CPU a fifth of torch's."""
+    """Dropout that costs nothing at p = 0, and little on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.p == 0 or not self.training:
-            return x
-        if x.device.type != "cpu" or not 2**-16 <= self.p < 1 - 2**-16:
-            return super().forward(x)
-        return x * keep_mask(x, self.p)
-
-
-def keep_mask(x: Tensor, p: float) -> Tensor:
-    """0 with probability p, else 1 / (1 - p), in x's shape.
-
-    One 64-bit draw decides four entries, so p is rounded to a multiple of 2^-16; the scale is that of the
-    rounded p. Integers are clamped to two neighbours, because torch compares them slowly.
-    """
-    dropped = round(p * 2**16)
-    low = dropped - 2**15 - 1  # the largest 16-bit number that drops
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    kept = words.view(torch.int16)[: x.numel()].clamp_(low, low + 1).sub_(low)
-    return kept.to(x.dtype).mul_(2**16 / (2**16 - dropped)).view(x.shape)
+        return drop(x, self.p, self.training)
 
 
 class StepOp(nn.Module, ABC):
@@ -74,9 +47,11 @@ class StepOp(nn.Module, ABC):
 
 
 class LinearOp(StepOp):
-    """An operation that begins with one linear map of both inputs, perhaps normalised; `activate` follows."""
+    """One linear map of both inputs, in the released form BatchNorm, an activation, and dropout."""
 
-    norm: nn.Module
+    activation: Activation
+    norm: BatchNorm | None
+    p: float  # of dropout
 
     @abstractmethod
     def joint_weight(self) -> Tensor:
@@ -86,31 +61,35 @@ class LinearOp(StepOp):
     def joint_bias(self) -> Tensor | None:
         """(out,), or none."""
 
-    @abstractmethod
-    def scale(self, weight: Tensor) -> Tensor:
-        """(out,) factors before `activate` that multiply the result by a () weight >= 0."""
-
-    @abstractmethod
-    def activate(self, product: Tensor) -> Tensor:
-        """The normalised (B, L, out) to (B, L, C)."""
-
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        product = F.linear(torch.cat([x, y], -1), self.joint_weight(), self.joint_bias())
-        return self.activate(self.norm(product))
+        return self._mapped(torch.cat([x, y], -1), self.joint_weight(), self.joint_bias(), None)
 
     def of_joined(self, joined: Tensor, weight: Tensor) -> Tensor:
-        """The result times a () weight, on [x; y] of (B, L, 2C), or on z of (B, L, C) where x = y = z.
+        """The result times a () weight >= 0, on [x; y] of (B, L, 2C), or on z of (B, L, C) where x = y = z.
 
         W_x z + W_y z = (W_x + W_y) z halves the product. The weight goes into the affine, or into W.
         """
-        matrix, bias, scale = self.joint_weight(), self.joint_bias(), self.scale(weight)
+        matrix, bias = self.joint_weight(), self.joint_bias()
         if joined.shape[-1] < matrix.shape[1]:
             left, right = matrix.chunk(2, 1)
             matrix = left + right
-        if isinstance(self.norm, BatchNorm):
-            return self.activate(self.norm.scaled(F.linear(joined, matrix, bias), scale))
-        bias = None if bias is None else bias * scale
-        return self.activate(F.linear(joined, matrix * scale[:, None], bias))
+        return self._mapped(joined, matrix, bias, self._scale(weight, len(matrix)))
+
+    def _mapped(self, x: Tensor, matrix: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+        """(B, L, in) to (B, L, C); `scale` (out,) multiplies the map behind the norm."""
+        if self.norm is not None and bias is not None:
+            projection = Projection(matrix, bias, self.norm)
+            return project([x], [projection], x.shape[1], self.activation, self.p, scale).squeeze(0)
+        if scale is not None:
+            matrix, bias = matrix * scale[:, None], None if bias is None else bias * scale
+        product = F.linear(x, matrix, bias)
+        return torch.relu(product) if self.activation == "relu" else F.glu(product, -1)
+
+    def _scale(self, weight: Tensor, channels: int) -> Tensor:
+        """(out,) factors before the activation that multiply the result: a gate keeps its own."""
+        if self.activation == "relu":
+            return weight.expand(channels)
+        return torch.cat([weight.expand(channels // 2), weight.new_ones(channels // 2)])
 
 
 class Zero(StepOp):
@@ -125,9 +104,6 @@ class Sum(StepOp):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return 2 * x if x is y else x + y
-
-    def weighted(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        return (2 * weight) * x if x is y else weight * (x + y)
 
 
 class Attention(StepOp):
@@ -144,7 +120,7 @@ class Attention(StepOp):
 
     def attend(self, x: Tensor, y: Tensor) -> Tensor:
         """(B, L, L) weights of the positions of y."""
-        return torch.softmax(torch.bmm(x, y.transpose(1, 2)) / self.root, -1)
+        return torch.softmax(Scores.apply(x, y) / self.root, -1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.norm(self.dropout(torch.bmm(self.attend(x, y), y)))
@@ -162,11 +138,13 @@ class Attention(StepOp):
 class LinearGLU(LinearOp):
     """Gated linear unit on [x; y] with BatchNorm before the gate, as released (4 C^2 weights)."""
 
+    activation: Activation = "glu"
+
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__()
         self.linear = nn.Linear(2 * channels, 2 * channels)
         self.norm = BatchNorm(2 * channels)
-        self.dropout = Dropout(dropout)
+        self.p = dropout
 
     def joint_weight(self) -> Tensor:
         return self.linear.weight
@@ -174,21 +152,17 @@ class LinearGLU(LinearOp):
     def joint_bias(self) -> Tensor:
         return self.linear.bias
 
-    def scale(self, weight: Tensor) -> Tensor:
-        return value_scale(weight, self.linear.out_features // 2)
-
-    def activate(self, product: Tensor) -> Tensor:
-        return self.dropout(F.glu(product, -1))
-
 
 class PaperLinearGLU(LinearOp):
     """x W1 * sigmoid(y W2) (eq. 7; 2 C^2 weights)."""
+
+    activation: Activation = "glu"
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.value = nn.Linear(channels, channels, bias=False)
         self.gate = nn.Linear(channels, channels, bias=False)
-        self.norm = nn.Identity()
+        self.norm = None
 
     def joint_weight(self) -> Tensor:
         return torch.block_diag(self.value.weight, self.gate.weight)
@@ -196,41 +170,26 @@ class PaperLinearGLU(LinearOp):
     def joint_bias(self) -> None:
         return None
 
-    def scale(self, weight: Tensor) -> Tensor:
-        return value_scale(weight, self.value.out_features)
-
-    def activate(self, product: Tensor) -> Tensor:
-        return F.glu(product, -1)
-
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.value(x) * torch.sigmoid(self.gate(y))
-
-
-def value_scale(weight: Tensor, channels: int) -> Tensor:
-    """(2C,) the weight for the values of a gated linear unit, 1 for its gates."""
-    return torch.cat([weight.expand(channels), weight.new_ones(channels)])
 
 
 class ConcatFC(LinearOp):
     """ReLU([x; y] W + b) (eq. 8); the released code adds BatchNorm before and dropout after the ReLU."""
 
+    activation: Activation = "relu"
+
     def __init__(self, channels: int, dropout: float, norm: bool) -> None:
         super().__init__()
         self.linear = nn.Linear(2 * channels, channels)
-        self.norm = BatchNorm(channels) if norm else nn.Identity()
-        self.dropout = Dropout(dropout)
+        self.norm = BatchNorm(channels) if norm else None
+        self.p = dropout
 
     def joint_weight(self) -> Tensor:
         return self.linear.weight
 
     def joint_bias(self) -> Tensor:
         return self.linear.bias
-
-    def scale(self, weight: Tensor) -> Tensor:
-        return weight.expand(self.linear.out_features)
-
-    def activate(self, product: Tensor) -> Tensor:
-        return self.dropout(torch.relu_(product))
 
 
 def step_ops(

@@ -123,5 +123,5 @@ def test_dropout_of_one_stage_overrides_the_spaces(generator):
     genotype = space.sample(inputs, generator)
     for given, expected in ((None, 0.1), (0.4, 0.4), (0.0, 0.0)):
         network = space.build(genotype, inputs, dropout=given)
-        assert network.reshape[0].dropout.p == expected
+        assert network.reshape[0].p == expected
     assert space.dropout == 0.1

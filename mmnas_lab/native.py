@@ -1,0 +1,93 @@
+"""C sources of the package as shared libraries, compiled at their first use with the machine's compiler.
+
+A machine without a compiler does without them: whoever asks falls back to torch, slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+log = logging.getLogger(__name__)
+
+# Sums may be reordered; NaN stays NaN.
+FLAGS = (
+    "-O3 -shared -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math "
+    "-fno-signed-zeros -fassociative-math"
+)
+# Tried in this order: what the machine's instructions and threads give, then less.
+EXTRAS = ("-march=native -fopenmp", "-march=native", "")
+
+
+@cache
+def library(source: Path, defines: str = "") -> ctypes.CDLL | None:
+    """The compiled source; None, and one line in the log, where it cannot be had.
+
+    It shares torch's threads where both use the same OpenMP runtime, as the usual builds for Linux do.
+
+    Args:
+        source: a C file.
+        defines: options of the preprocessor, such as "-DREAL=float".
+    """
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None:
+        log.info(
+            "no C compiler (cc, gcc, clang or $CC): %s is replaced by torch, which is slower", source.name
+        )
+        return None
+    errors = []
+    for extra in EXTRAS:
+        command = [*compiler.split(), *FLAGS.split(), *extra.split(), *defines.split()]
+        try:
+            return ctypes.CDLL(str(_compiled(command, source)))
+        except subprocess.CalledProcessError as error:
+            errors.append(error.stderr.strip())
+        except OSError as error:
+            errors.append(str(error))
+    log.warning("%s is replaced by torch, which is slower: %s", source.name, errors[-1] or compiler)
+    return None
+
+
+def _compiled(command: list[str], source: Path) -> Path:
+    """The library that a command makes of a source, made unless this machine has it."""
+    address = "\x1f".join([*command, source.read_text(), _processor()])
+    name = f"{source.stem}-{hashlib.blake2b(address.encode(), digest_size=8).hexdigest()}.so"
+    folder = _writable(user_cache_path("mmnas_lab"))
+    if not (folder / name).exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / name
+            subprocess.run(
+                [*command, str(source), "-o", str(made), "-lm"], check=True, capture_output=True, text=True
+            )
+            made.replace(folder / name)  # whole or not there, whoever else compiles it
+    return folder / name
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, or where it cannot be written one for temporary files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.gettempdir())
+
+
+def _processor() -> str:
+    """What `-march=native` depends on; machines may share a cache folder."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
