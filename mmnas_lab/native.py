@@ -13,10 +13,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from ctypes import c_void_p
 from functools import cache
 from pathlib import Path
 
+import torch
 from platformdirs import user_cache_path
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +29,7 @@ FLAGS = (
     "-O3 -shared -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math "
     "-fno-signed-zeros -fassociative-math"
 )
+THREADED = 2**14  # fewest entries that are worth a second thread
 # Tried in this order: what the machine's instructions and threads give, then less.
 EXTRAS = ("-march=native -fopenmp", "-march=native", "")
 
@@ -56,6 +61,21 @@ def library(source: Path, defines: str = "") -> ctypes.CDLL | None:
             errors.append(str(error))
     log.warning("%s is replaced by torch, which is slower: %s", source.name, errors[-1] or compiler)
     return None
+
+
+def pointer(tensor: Tensor) -> c_void_p:
+    """Where a contiguous tensor's entries are; whoever uses it keeps the tensor."""
+    return c_void_p(tensor.data_ptr())
+
+
+def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[c_void_p]:
+    """An array of pointers, null for None."""
+    return (c_void_p * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+
+
+def threads_for(tensor: Tensor) -> int:
+    """How many threads are worth it."""
+    return min(torch.get_num_threads(), len(tensor)) if tensor.numel() >= THREADED else 1
 
 
 def _compiled(command: list[str], source: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes import c_int64, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from mmnas_lab.backbone.feature_writer import (
     read_json,
 )
 from mmnas_lab.dataset.base import LabelFree
+from mmnas_lab.native import library, pointer, threads_for
 from mmnas_lab.types import InputError, InputInfo, InputInfos, Split
 
 if TYPE_CHECKING:
@@ -148,11 +150,33 @@ class FeatureCache:
         Returns:
             (B, C_i, L_i) in the precision in which it is kept.
         """
+        flat, index = self._located(split, name, views, rows)
+        # `clip` spares numpy a buffered second copy; the bounds are checked.
+        return torch.from_numpy(np.take(flat, index.numpy(), 0, mode="clip"))
+
+    def standardised(self, split: Split, name: str, views: Tensor, rows: Tensor) -> Tensor:
+        """As `gather`, in float32 with each channel standardised."""
+        flat, index = self._located(split, name, views, rows)
+        mean, std = self.statistics[name]
+        half = flat.dtype == np.float16 and flat.flags.c_contiguous
+        compiled = library(Path(__file__).with_name("gather.c")) if half else None
+        if compiled is None:
+            return self.gather(split, name, views, rows).float().sub_(mean[:, None]).div_(std[:, None])
+        out = torch.empty(len(index), *flat.shape[1:])
+        compiled.gather(
+            *(c_int64(size) for size in out.shape),
+            *(c_void_p(flat.ctypes.data), pointer(index), pointer(mean), pointer(std), pointer(out)),
+            threads_for(out),
+        )
+        return out
+
+    def _located(
+        self, split: Split, name: str, views: Tensor, rows: Tensor
+    ) -> tuple[np.ndarray[Any, Any], Tensor]:
+        """All views of all samples in one dimension, and where the chosen ones are in it."""
         array = self.array(split, name)
         copies, count = array.shape[:2]
-        if len(rows) and not (0 <= int(rows.min()) <= int(rows.max()) < count and int(views.max()) < copies):
-            raise IndexError(f"rows and views must lie within ({count}, {copies}) of '{split}'")
-        index = (views * count + rows).numpy()
-        # `clip` spares numpy a buffered second copy; the bounds are checked above.
-        flat = array.reshape(copies * count, *array.shape[2:])
-        return torch.from_numpy(np.take(flat, index, 0, mode="clip"))
+        for numbers, stop in ((rows, count), (views, copies)):
+            if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < stop:
+                raise IndexError(f"rows and views must lie within ({count}, {copies}) of '{split}'")
+        return array.reshape(copies * count, *array.shape[2:]), (views.long() * count + rows.long())

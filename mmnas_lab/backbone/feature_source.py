@@ -164,7 +164,9 @@ class FeatureSource:
         return {name: values.index_select(0, flat) for name, values in self._memory.items()}
 
     def _standardised(self, name: str, views: Tensor, rows: Tensor) -> Tensor:
-        # Converted on the device: to float32 costs more than the gather.
+        if self.device.type == "cpu":
+            return self._cache.standardised(self._split, name, views, rows)
+        # Converted on the device, which is faster at it.
         values = self._cache.gather(self._split, name, views, rows).to(self.device).float()
         mean, std = self._statistics[name]
         return values.sub_(mean).div_(std)

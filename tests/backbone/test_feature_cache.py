@@ -1,12 +1,15 @@
+import json
 import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mmnas_lab.backbone import feature_writer
 from mmnas_lab.backbone.feature_cache import FeatureCache, compute_features
+from mmnas_lab.backbone.feature_writer import FEATURES_FILE, STATISTICS_FILE, array_path
 from mmnas_lab.backbone.frozen import Backbone
 from mmnas_lab.backbone.tfidf import TfidfSvd
 from mmnas_lab.dataset.base import LabelFree
@@ -206,6 +209,24 @@ def test_gather_picks_views_and_rows(tmp_path):
     assert np.array_equal(got, [array[v, r] for v, r in zip(views, rows, strict=True)])
     with pytest.raises(IndexError, match="must lie within"):
         cache.gather("test", "image.0", torch.tensor([1]), torch.tensor([0]))
+
+
+def test_every_half_precision_number_is_read_exactly(tmp_path):
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(1, 256, 16, 16)
+    np.save(array_path(tmp_path, "train", "x"), every)
+    mean, std = torch.linspace(-3, 3, 16), torch.linspace(0.1, 9, 16)
+    save_file({"x.mean": mean, "x.std": std}, tmp_path / STATISTICS_FILE)
+    feature = {"shape": [16, 16], "modality": "image"}
+    layout = {"num_views": 0, "rows": {"train": 256, "val": 0, "test": 0}, "features": {"x": feature}}
+    (tmp_path / FEATURES_FILE).write_text(json.dumps(layout))
+    rows = torch.randperm(256)
+    cache = FeatureCache(tmp_path)
+    values = cache.standardised("train", "x", torch.zeros(256, dtype=torch.long), rows)
+    expected = (torch.from_numpy(every[0].astype(np.float32))[rows] - mean[:, None]) / std[:, None]
+    torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+    for outside in (torch.tensor([256]), torch.tensor([-1])):
+        with pytest.raises(IndexError, match="must lie within"):
+            cache.standardised("train", "x", torch.zeros(1, dtype=torch.long), outside)
 
 
 def test_messages(tmp_path):

@@ -34,6 +34,10 @@ class Cache:
     def gather(self, split, name, views, rows):
         return torch.from_numpy(self.arrays[split, name][views.numpy(), rows.numpy()])
 
+    def standardised(self, split, name, views, rows):
+        mean, std = (value[:, None] for value in self.statistics[name])
+        return (self.gather(split, name, views, rows).float() - mean) / std
+
     def expected(self, split, name, view, row):
         mean, std = (x.double().numpy()[:, None] for x in self.statistics[name])
         return (self.arrays[split, name][view, row] - mean) / std

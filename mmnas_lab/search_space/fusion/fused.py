@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import byref, c_double, c_int64, c_void_p
+from ctypes import byref, c_double, c_int64
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmnas_lab.native import library
+from mmnas_lab.native import library, pointer, pointers, threads_for
 
 Activation = Literal["relu", "glu"]
 REALS = {torch.float32: "float", torch.float64: "double"}
-THREADED = 2**14  # fewest entries that are worth a second thread
 
 
 def compiled_for(*tensors: Tensor) -> ctypes.CDLL | None:
@@ -165,9 +164,9 @@ class NormActivateDrop(torch.autograd.Function):
         for i, each in enumerate(passes):
             x, weight, bias = (tensor.contiguous() for tensor in tensors[4 * i : 4 * i + 3])
             failed = each.compiled.forward(
-                *(c_int64(rows), c_int64(channels), int(gated), _at(x), _at(weight), _at(bias)),
-                *(c_double(each.eps), byref(each.draw), _at(each.statistics), _at(kept[i]), _at(out[i])),
-                _threads(x),
+                *(c_int64(rows), c_int64(channels), int(gated), pointer(x), pointer(weight), pointer(bias)),
+                *(c_double(each.eps), byref(each.draw), pointer(each.statistics)),
+                *(pointer(kept[i]), pointer(out[i]), threads_for(x)),
             )
             _check(failed, x)
         ctx.save_for_backward(kept, *tensors)
@@ -194,8 +193,9 @@ def _gradients(each: Pass, x: Tensor, kept: Tensor, g: Tensor) -> tuple[Tensor, 
     rows, channels = x.shape
     gx, affine = torch.empty_like(x), x.new_empty(2, channels)
     failed = each.compiled.backward(
-        *(c_int64(rows), c_int64(channels), int(each.activation == "glu"), _at(x), _at(kept), _at(g)),
-        *(_at(each.statistics), c_double(each.draw.scale), _at(gx), _at(affine), _threads(x)),
+        *(c_int64(rows), c_int64(channels), int(each.activation == "glu")),
+        *(pointer(x), pointer(kept), pointer(g), pointer(each.statistics), c_double(each.draw.scale)),
+        *(pointer(gx), pointer(affine), threads_for(x)),
     )
     _check(failed, x)
     return gx, affine[0], affine[1]
@@ -220,7 +220,7 @@ class Drop(torch.autograd.Function):
         x = x.contiguous()
         out, channels = torch.empty_like(x), x.shape[-1]
         rows = c_int64(x.numel() // channels)
-        compiled.drop(rows, c_int64(channels), _at(x), byref(draw), _at(out), _threads(x))
+        compiled.drop(rows, c_int64(channels), pointer(x), byref(draw), pointer(out), threads_for(x))
         ctx.compiled, ctx.draw = compiled, draw
         return out
 
@@ -249,7 +249,8 @@ class WeightedSum(torch.autograd.Function):
         factors = torch.cat([weights, weights.new_ones(len(parts) - count)])
         out = torch.empty_like(parts[0])
         compiled.total(
-            *(c_int64(out.numel()), len(parts), _pointers(parts), _at(factors), _at(out), _threads(out))
+            *(c_int64(out.numel()), len(parts), pointers(parts), pointer(factors)),
+            *(pointer(out), threads_for(out)),
         )
         ctx.save_for_backward(weights, *tensors[:count])
         ctx.compiled, ctx.count = compiled, len(parts)
@@ -265,11 +266,11 @@ class WeightedSum(torch.autograd.Function):
         g, factors, parts = g.contiguous(), weights.contiguous(), [part.contiguous() for part in parts]
         needed = ctx.needs_input_grad[3 : 3 + len(parts)]
         gradients = [torch.empty_like(g) if wanted else None for wanted in needed]
-        threads = _threads(g)
+        threads = threads_for(g)
         dots = torch.zeros(threads, len(parts), dtype=torch.float64)
         ctx.compiled.total_gradient(
-            *(c_int64(g.numel()), len(parts), _pointers(parts), _at(factors), _at(g)),
-            *(_pointers(gradients), _at(dots), threads),
+            *(c_int64(g.numel()), len(parts), pointers(parts), pointer(factors), pointer(g)),
+            *(pointers(gradients), pointer(dots), threads),
         )
         return None, dots.sum(0).to(g.dtype), None, *gradients, *rest
 
@@ -315,7 +316,7 @@ class ReluTransposed(torch.autograd.Function):
         samples, length, channels = x.shape
         out = x.new_empty(samples, channels, length)
         compiled.relu_transposed(
-            *(c_int64(samples), c_int64(length), c_int64(channels), _at(x), _at(out), _threads(x))
+            *(c_int64(samples), c_int64(length), c_int64(channels), pointer(x), pointer(out), threads_for(x))
         )
         ctx.save_for_backward(out)
         ctx.compiled = compiled
@@ -330,7 +331,7 @@ class ReluTransposed(torch.autograd.Function):
         samples, channels, length = out.shape
         gx = out.new_empty(samples, length, channels)
         sizes = (c_int64(samples), c_int64(length), c_int64(channels))
-        ctx.compiled.relu_transposed_gradient(*sizes, _at(out), _at(g), _at(gx), _threads(g))
+        ctx.compiled.relu_transposed_gradient(*sizes, pointer(out), pointer(g), pointer(gx), threads_for(g))
         return None, gx
 
 
@@ -354,18 +355,6 @@ def _track(projection: Projection, statistics: Tensor, rows: int) -> None:
     norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
     norm.running_mean.lerp_(mean + projection.bias.detach(), momentum)  # type: ignore[union-attr]
     norm.running_var.lerp_(variance * (rows / (rows - 1)), momentum)  # type: ignore[union-attr]
-
-
-def _threads(x: Tensor) -> int:
-    return min(torch.get_num_threads(), len(x)) if x.numel() >= THREADED else 1
-
-
-def _at(tensor: Tensor) -> c_void_p:
-    return c_void_p(tensor.data_ptr())
-
-
-def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[c_void_p]:
-    return (c_void_p * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
 
 
 def _check(failed: int, x: Tensor) -> None:
