@@ -29,6 +29,7 @@ FLAGS = (
     "-O3 -shared -fPIC -ffp-contract=fast -fno-math-errno -fno-trapping-math "
     "-fno-signed-zeros -fassociative-math"
 )
+REALS = {torch.float32: "float", torch.float64: "double"}  # what C calls them
 THREADED = 2**14  # fewest entries that are worth a second thread
 # Tried in this order: what the machine's instructions and threads give, then less.
 EXTRAS = ("-march=native -fopenmp", "-march=native", "")

@@ -2,9 +2,10 @@
 
 There torch's gradients of a depthwise convolution cost up to fifty times its forward, except for 3x3 kernels
 without stride and dilation. So the gradient by the input is taken as the convolution that it is, with the
-kernel turned round; and the gradient by the kernel from 3x3 pieces without dilation: a dilation of 2 is none
-among every second row and column, and a 5x5 kernel is four overlapping 3x3 ones. A stride of 2 is one of 1
-whose result is read at every second position.
+kernel turned round; a stride of 2 is one of 1 whose result is read at every second position. The gradient by
+the kernel is that of `depthwise.c` where channels lie last. Without a C compiler it is put together from 3x3
+pieces without dilation: a dilation of 2 is none among every second row and column, and a 5x5 kernel is four
+overlapping 3x3 ones.
 
 The gradient by the kernel is computed only where the kernel asks for one, which in an architecture half-step
 it does not. All can be differentiated again.
@@ -12,13 +13,17 @@ it does not. All can be differentiated again.
 
 from __future__ import annotations
 
+from ctypes import c_int64
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+
+from mmnas_lab.native import REALS, library, pointer
 
 
 class Depthwise(nn.Conv2d):
@@ -59,10 +64,38 @@ class Convolution(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
+        by_kernel = None if x is None else compiled_gradient(x, gradient, ctx.size, ctx.stride, ctx.dilation)
+        if weight is None and by_kernel is not None:
+            return None, by_kernel, None, None
         spread = spread_out(gradient, ctx.shape, ctx.stride)
+        if by_kernel is None and x is not None:
+            by_kernel = kernel_gradient(x, spread, ctx.size, ctx.dilation)
         by_input = None if weight is None else depthwise(spread, weight.flip(2, 3), 1, ctx.dilation)
-        by_kernel = None if x is None else kernel_gradient(x, spread, ctx.size, ctx.dilation)
         return by_input, by_kernel, None, None
+
+
+def compiled_gradient(x: Tensor, gradient: Tensor, size: int, stride: int, dilation: int) -> Tensor | None:
+    """As `kernel_gradient`, by `depthwise.c`; None where that is not to be had or not the faster one.
+
+    `gradient` is that of the strided result.
+    """
+    if torch.is_grad_enabled() or (size, stride, dilation) == (3, 1, 1):
+        return None
+    if x.dtype not in REALS or not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    compiled = library(Path(__file__).with_name("depthwise.c"), f"-DREAL={REALS[x.dtype]}")
+    if compiled is None:
+        return None
+    batch, channels, height, width = x.shape
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    out = x.new_empty(channels, 1, size, size)
+    failed = compiled.kernel_gradient(
+        *(c_int64(each) for each in (batch, height, width, channels, *gradient.shape[2:])),
+        *(size, stride, dilation, pointer(x), pointer(gradient), pointer(out), torch.get_num_threads()),
+    )
+    if failed:
+        raise MemoryError(f"no memory for the kernel's gradient of {tuple(x.shape)}; lower the batch size")
+    return out
 
 
 def spread_out(gradient: Tensor, shape: torch.Size, stride: int) -> Tensor:

@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmnas_lab.native import library, pointer, pointers, threads_for
+from mmnas_lab.native import REALS, library, pointer, pointers, threads_for
 
 Activation = Literal["relu", "glu"]
-REALS = {torch.float32: "float", torch.float64: "double"}
 
 
 def compiled_for(*tensors: Tensor) -> ctypes.CDLL | None:
