@@ -64,9 +64,9 @@ def library(source: Path, defines: str = "") -> ctypes.CDLL | None:
     return None
 
 
-def pointer(tensor: Tensor) -> c_void_p:
-    """Where a contiguous tensor's entries are; whoever uses it keeps the tensor."""
-    return c_void_p(tensor.data_ptr())
+def pointer(tensor: Tensor | None) -> c_void_p:
+    """Where a dense tensor's entries begin, null for None; whoever uses it keeps the tensor."""
+    return c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[c_void_p]:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmnas_lab.search_space.cnn_cells.depthwise import depthwise
+from mmnas_lab.search_space.cnn_cells.pointwise import pointwise_norm
 from mmnas_lab.search_space.cnn_cells.primitive_ops import avg_pool, max_pool
 
 
@@ -90,12 +91,11 @@ class SeparableConvs(EdgeOps):
         h, stride = state.repeated(self.num_edges), self.stride
         norms: Any = self.norms
         for repeat, norm in enumerate(norms):
-            if repeat:
-                h, stride = torch.relu_(h), 1
-            h = depthwise(h, self.depthwise[repeat], stride, self.dilation)
-            h = F.conv2d(h, self.pointwise[repeat], groups=self.num_edges)
             last = repeat == len(norms) - 1
-            h = norm.scaled(h, scale.repeat_interleave(self.channels)) if last else norm(h)
+            factor = scale.repeat_interleave(self.channels) if last else None
+            h = depthwise(h, self.depthwise[repeat], stride, self.dilation)
+            h = pointwise_norm(h, self.pointwise[repeat], norm, factor, not last, self.num_edges)
+            stride = 1
         return h
 
 
