@@ -73,6 +73,11 @@ class EdgeOps(nn.Module, ABC):
     def forward(self, state: State, scale: Tensor) -> Tensor:
         """(B, n C, H / stride, W / stride), edge by edge, each times its entry of `scale` (n,)."""
 
+    def added(self, state: State, scale: Tensor, total: Tensor | None) -> Tensor:
+        """The result, added to `total` in place if there is one."""
+        h: Tensor = self(state, scale)
+        return h if total is None else total.add_(h)
+
 
 class SeparableConvs(EdgeOps):
     """ReLU, depthwise and 1x1 convolution, BatchNorm; `repeats` times, the first with the stride."""
@@ -88,13 +93,17 @@ class SeparableConvs(EdgeOps):
         self.norms = nn.ModuleList(Norm(n * c) for _ in range(repeats))
 
     def forward(self, state: State, scale: Tensor) -> Tensor:
+        return self.added(state, scale, None)
+
+    def added(self, state: State, scale: Tensor, total: Tensor | None) -> Tensor:
         h, stride = state.repeated(self.num_edges), self.stride
         norms: Any = self.norms
         for repeat, norm in enumerate(norms):
             last = repeat == len(norms) - 1
             factor = scale.repeat_interleave(self.channels) if last else None
             h = depthwise(h, self.depthwise[repeat], stride, self.dilation)
-            h = pointwise_norm(h, self.pointwise[repeat], norm, factor, not last, self.num_edges)
+            into = total if last else None
+            h = pointwise_norm(h, self.pointwise[repeat], norm, factor, not last, self.num_edges, into)
             stride = 1
         return h
 
@@ -231,12 +240,12 @@ class Fan(nn.Module):
         state, terms = State(x), [list[Tensor]() for _ in range(self.num_edges)]
         unused = self._unused(weights) if sparse else set()
         joint: dict[tuple[int, ...], Tensor] = {}  # sums of operations that are on the same edges
-        for name, op in self.own.items():
+        own: Any = self.own
+        for name, op in own.items():
             if name in unused:
                 continue
             edges = tuple(e for e, _ in self.edges_of[name])
-            h = op(state, self._pick(weights, name))
-            joint[edges] = joint[edges].add_(h) if edges in joint else h
+            joint[edges] = op.added(state, self._pick(weights, name), joint.get(edges))
         for edges, h in joint.items():
             for e, part in zip(edges, h.chunk(len(edges), 1), strict=True):
                 terms[e].append(part)

@@ -17,10 +17,11 @@
 
 typedef REAL real;
 #ifdef __AVX512F__
-#define LANES ((int)(64 / sizeof(real)))
+#define BYTES (CHANNELS * sizeof(real) % 64 ? 32 : 64) /* of a vector register; channels fill whole ones */
 #else
-#define LANES ((int)(32 / sizeof(real)))
+#define BYTES 32
 #endif
+#define LANES ((int)(BYTES / sizeof(real)))
 #define VECTORS (CHANNELS / LANES) /* of a group */
 typedef real vector __attribute__((vector_size(LANES * sizeof(real)), aligned(sizeof(real)), may_alias));
 typedef __typeof__((vector){0} == (vector){0}) mask;
@@ -58,10 +59,11 @@ static void gather(const double *sums, int64_t count, int threads, double *total
 }
 
 /* x (rows, groups, channels), weight (groups, out, in); y of x's shape is left with the convolution and out
-   with relu(scale * norm(y)) or scale * norm(y); `scale` (groups, channels) may be null. `statistics` (5,
+   with relu(scale * norm(y)) or scale * norm(y), or with `add` it is added to out; `scale` (groups, channels)
+   may be null. `statistics` (5,
    groups, channels) are left as mean, variance, 1 / standard deviation, and slope and shift of the affine map
    of y that out is. Returns 0, or 1 without memory. */
-int forward(int64_t rows, int64_t groups, const real *x, const real *weight, const real *scale, int relu,
+int forward(int64_t rows, int64_t groups, const real *x, const real *weight, const real *scale, int relu, int add,
             double eps, real *y, real *statistics, real *out, int threads) {
     const int64_t all = groups * CHANNELS;
     real *mean = statistics, *var = mean + all, *rstd = var + all, *slope = rstd + all, *shift = slope + all;
@@ -129,7 +131,11 @@ int forward(int64_t rows, int64_t groups, const real *x, const real *weight, con
             for (int64_t c = 0; c < all; c += LANES) {
                 const vector z = *(const vector *)(y + r * all + c) * *(const vector *)(slope + c) +
                                  *(const vector *)(shift + c);
-                *(vector *)(out + r * all + c) = relu ? unless(z, z <= 0) : z;
+                vector *to = (vector *)(out + r * all + c);
+                vector result = z;
+                if (relu) result = unless(z, z <= 0);
+                if (add) result += *to;
+                *to = result;
             }
     }
     free(sums);

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_double, c_int64
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,15 @@ WIDTHS = (8, 16, 32, 64)  # channels of a group for which there is compiled code
 
 
 def pointwise_norm(
-    x: Tensor, weight: Tensor, norm: nn.BatchNorm2d, scale: Tensor | None, relu: bool, groups: int
+    x: Tensor,
+    weight: Tensor,
+    norm: nn.BatchNorm2d,
+    scale: Tensor | None,
+    relu: bool,
+    groups: int,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """Scale * norm(convolution of x), perhaps rectified.
+    """The convolution of x, normalised, times `scale`, perhaps rectified.
 
     Args:
         x: (B, n C, H, W).
@@ -34,16 +41,19 @@ def pointwise_norm(
         scale: (n C,), or none.
         relu: whether a ReLU follows.
         groups: n.
+        total: where the result is added to, in place; the sum is returned.
     """
-    compiled = _compiled_for(x, weight) if norm.training else None
+    compiled = _compiled_for(x, weight, total) if norm.training else None
     if compiled is None:
-        return _by_torch(F.conv2d(x, weight, groups=groups), norm, scale, relu)
-    statistics = x.new_empty(5, x.shape[1])
-    out: Tensor = PointwiseNorm.apply(compiled, statistics, x, weight, scale, relu, groups, norm.eps)
+        h = _by_torch(F.conv2d(x, weight, groups=groups), norm, scale, relu)
+        return h if total is None else total.add_(h)
+    setting = _Setting(compiled, x.new_empty(5, x.shape[1]), relu, groups, norm.eps)
+    out: Tensor = PointwiseNorm.apply(setting, x, weight, scale, total)
+    mean, variance = setting.statistics[:2]
     rows, momentum = x.numel() // x.shape[1], norm.momentum or 0.0
     norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-    norm.running_mean.lerp_(statistics[0], momentum)  # type: ignore[union-attr]
-    norm.running_var.lerp_(statistics[1] * (rows / (rows - 1)), momentum)  # type: ignore[union-attr]
+    norm.running_mean.lerp_(mean, momentum)  # type: ignore[union-attr]
+    norm.running_var.lerp_(variance * (rows / (rows - 1)), momentum)  # type: ignore[union-attr]
     return out
 
 
@@ -55,8 +65,10 @@ def _by_torch(y: Tensor, norm: nn.BatchNorm2d, scale: Tensor | None, relu: bool)
     return torch.relu_(out) if relu else out
 
 
-def _compiled_for(x: Tensor, weight: Tensor) -> ctypes.CDLL | None:
+def _compiled_for(x: Tensor, weight: Tensor, total: Tensor | None) -> ctypes.CDLL | None:
     """The compiled functions, if they can stand for torch's here."""
+    if total is not None and not total.is_contiguous(memory_format=torch.channels_last):
+        return None
     if x.device.type != "cpu" or x.dtype not in REALS or weight.dtype != x.dtype:
         return None
     if weight.shape[1] not in WIDTHS or torch.is_autocast_enabled("cpu"):
@@ -67,50 +79,71 @@ def _compiled_for(x: Tensor, weight: Tensor) -> ctypes.CDLL | None:
     return library(Path(__file__).with_name("pointwise.c"), defines)
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """What is done; (5, n C) statistics are written by it."""
+
+    compiled: ctypes.CDLL
+    statistics: Tensor
+    relu: bool
+    groups: int
+    eps: float
+
+
 class PointwiseNorm(Function):
-    """As `pointwise_norm`; (5, n C) statistics are written."""
+    """As `pointwise_norm`."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        compiled: ctypes.CDLL,
-        statistics: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor | None,
-        relu: bool,
-        groups: int,
-        eps: float,
+        ctx: Any, setting: _Setting, x: Tensor, weight: Tensor, scale: Tensor | None, total: Tensor | None
     ) -> Tensor:
-        y, out = torch.empty_like(x), torch.empty_like(x)
-        weights = weight.contiguous()
-        factors = None if scale is None else scale.contiguous()
-        failed = compiled.forward(
-            *(c_int64(x.numel() // x.shape[1]), c_int64(groups), pointer(x), pointer(weights)),
-            *(pointer(factors), int(relu), c_double(eps), pointer(y), pointer(statistics), pointer(out)),
-            torch.get_num_threads(),
+        y = torch.empty_like(x)
+        out = torch.empty_like(x) if total is None else total
+        weights, factors = weight.contiguous(), None if scale is None else scale.contiguous()
+        failed = setting.compiled.forward(
+            *(c_int64(x.numel() // x.shape[1]), c_int64(setting.groups), pointer(x), pointer(weights)),
+            *(pointer(factors), int(setting.relu), int(total is not None), c_double(setting.eps)),
+            *(pointer(y), pointer(setting.statistics), pointer(out), torch.get_num_threads()),
         )
         _check(failed, x)
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, scale, y)
-        ctx.compiled, ctx.statistics, ctx.relu, ctx.groups, ctx.eps = compiled, statistics, relu, groups, eps
+        if total is not None:
+            ctx.mark_dirty(total)
+        ctx.save_for_backward(x, weight, scale, y)
+        ctx.setting, ctx.adds = setting, total is not None
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, y = ctx.saved_tensors
-        g = g.contiguous(memory_format=torch.channels_last)
-        by_input, by_weight = ctx.needs_input_grad[2:4]
-        weights = weight.contiguous()
+        setting: _Setting = ctx.setting
+        through = g if ctx.adds else None
+        if torch.is_grad_enabled():  # the gradient is to be differentiated too
+            return None, *_differentiable(setting, (x, weight, scale), g), through
+        by_input, by_weight = ctx.needs_input_grad[1:3]
+        g, weights = g.contiguous(memory_format=torch.channels_last), weight.contiguous()
         gx = torch.empty_like(y) if by_input else None
         dw = torch.empty_like(weights) if by_weight else None
         ds = y.new_empty(y.shape[1])
-        failed = ctx.compiled.backward(
-            *(c_int64(y.numel() // y.shape[1]), c_int64(ctx.groups), pointer(x), pointer(weights)),
-            *(pointer(y), pointer(g), pointer(ctx.statistics), int(ctx.relu)),
+        failed = setting.compiled.backward(
+            *(c_int64(y.numel() // y.shape[1]), c_int64(setting.groups), pointer(x), pointer(weights)),
+            *(pointer(y), pointer(g), pointer(setting.statistics), int(setting.relu)),
             *(pointer(gx), pointer(dw), pointer(ds), torch.get_num_threads()),
         )
         _check(failed, y)
-        return None, None, gx, dw, None if scale is None else ds, None, None, None
+        return None, gx, dw, None if scale is None else ds, through
+
+
+def _differentiable(
+    setting: _Setting, inputs: tuple[Tensor, Tensor, Tensor | None], g: Tensor
+) -> list[Tensor | None]:
+    """Gradients of x, weight and scale by torch's operations, so that they have gradients too."""
+    x, weight, scale = inputs
+    y = F.conv2d(x, weight, groups=setting.groups)
+    out = F.batch_norm(y, None, None, scale, None, True, 0.0, setting.eps)
+    out = torch.relu(out) if setting.relu else out
+    needed = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    found = iter(torch.autograd.grad(out, needed, g, create_graph=True))
+    return [next(found) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
 
 
 def _check(failed: int, x: Tensor) -> None:
