@@ -79,9 +79,10 @@ def name_of(genotype: Any) -> str:
 
 def measure(experiment: Experiment, genotype: Any, bench: Bench) -> dict[str, Any]:
     """Micro-benchmark scores of a network, and its metrics after full training."""
-    epochs = experiment.config.search.epochs
+    epochs, seed = experiment.config.search.epochs, experiment.config.seed
     trials = [
-        Trial("whole", name_of(genotype), genotype, seed, epochs) for seed in range(experiment.strategy.seeds)
+        Trial("whole", name_of(genotype), genotype, each, epochs)
+        for each in experiment.strategy.trial_seeds(seed)
     ]
     started = time.monotonic()
     with bench.processes() as scores_of:

@@ -45,7 +45,7 @@ class MicroBenchmark:
         distance: greatest difference of a class's share between a random sample and the whole.
         held_rows: at most so many rows score; null for all.
         seconds: end a training after that time, whatever the epochs; scores then depend on the machine.
-        seeds: micro-benchmarks of each option.
+        seeds: micro-benchmarks of each option; those of two searches share none.
         tie: standard errors of a paired difference up to which it counts as noise.
         halving: measure all options with a quarter of the epochs, the better half with half of them, and the
             better half of these with all (successive halving, arXiv 1502.07943); two at least remain.
@@ -152,17 +152,18 @@ class MicroBenchmark:
     def _decide(self, choice: Choice, genotypes: Mapping[str, Any], bench: Bench, measure: Any) -> Decision:
         """Measure the options, with halving the better ones longer, and take one."""
         options = list(choice.options)
-        epochs = bench.problem.settings.epochs
+        epochs, seeds = bench.problem.settings.epochs, self.trial_seeds(bench.problem.seed)
         rungs = [max(1, epochs // 4), max(1, epochs // 2)] if self.halving else []
         for rung in rungs:
             if len(options) > 2:
-                means = {
-                    o: np.mean(s) for o, s in self._scores(choice, options, genotypes, rung, measure).items()
-                }
+                rough = _scores(choice, options, genotypes, rung, seeds, measure)
+                means = {option: np.mean(found) for option, found in rough.items()}
                 kept = sorted(options, key=lambda option: (-means[option], options.index(option)))
                 better = kept[: max(2, math.ceil(len(options) / 2))]
                 options = [option for option in options if option in better]
-        scores = self._scores(choice, options, genotypes, epochs, measure) if len(choice.options) > 1 else {}
+        scores = {}
+        if len(choice.options) > 1:
+            scores = _scores(choice, options, genotypes, epochs, seeds, measure)
         if not scores:  # nothing to choose
             return Decision(options[0], {options[0]: []}, (options[0],), None, {options[0]: 0})
         flops = {option: bench.flops(genotypes[option]) for option in options}
@@ -170,13 +171,26 @@ class MicroBenchmark:
         log.info("%s: %s", choice.name, told(decision))
         return decision
 
-    def _scores(
-        self, choice: Choice, options: Sequence[str], genotypes: Mapping[str, Any], epochs: int, measure: Any
-    ) -> dict[str, list[float]]:
-        trials = [
-            Trial(choice.name, option, genotypes[option], seed, epochs)
-            for seed in range(self.seeds)
-            for option in options
-        ]
-        found = dict(zip(((t.option, t.seed) for t in trials), measure(trials), strict=True))
-        return {option: [found[option, seed] for seed in range(self.seeds)] for option in options}
+    def trial_seeds(self, seed: int) -> range:
+        """The seeds of a search's micro-benchmarks.
+
+        Each search has its own: with a sample that is the whole data, nothing else would tell two of them
+        apart.
+        """
+        return range(seed * self.seeds, (seed + 1) * self.seeds)
+
+
+def _scores(
+    choice: Choice,
+    options: Sequence[str],
+    genotypes: Mapping[str, Any],
+    epochs: int,
+    seeds: Sequence[int],
+    measure: Any,
+) -> dict[str, list[float]]:
+    """Scores by option, one a seed."""
+    trials = [
+        Trial(choice.name, option, genotypes[option], seed, epochs) for seed in seeds for option in options
+    ]
+    found = dict(zip(((t.option, t.seed) for t in trials), measure(trials), strict=True))
+    return {option: [found[option, seed] for seed in seeds] for option in options}

@@ -59,7 +59,7 @@ def space(**more):
     return MixerSpace(encoders, ["concat", "mean"], {"mlp_mixer": MLP, "hyper_mixer": HYPER}, width=4)
 
 
-def problem(folder, one=None, epochs=2, select="auto"):
+def problem(folder, one=None, epochs=2, select="auto", seed=0):
     settings = Search(
         epochs=epochs, batch_size=8, optimizer=Optimizer(lr=0.02), arch_optimizer=Optimizer(), on="train_val"
     )
@@ -69,7 +69,7 @@ def problem(folder, one=None, epochs=2, select="auto"):
 
     return Problem(
         one or space(), INFOS, objective, MultiHead.needs, Signals(64), Signals(32, 1), draw_clean, settings,
-        0, runtime(), root=folder, data="signals", objective_settings={"name": "multi_head"},
+        seed, runtime(), root=folder, data="signals", objective_settings={"name": "multi_head"},
     )  # fmt: skip
 
 
@@ -77,10 +77,10 @@ def strategy(**settings):
     return MicroBenchmark(**{"seeds": 2, "fraction": 0.5, "distance": 0.2, **settings})
 
 
-def searched(folder, one=None, epochs=2, **settings):
+def searched(folder, one=None, epochs=2, seed=0, **settings):
     folder.mkdir(exist_ok=True)
     (folder / "search").mkdir(exist_ok=True)
-    return strategy(**settings).search(problem(folder, one, epochs), folder / "search")
+    return strategy(**settings).search(problem(folder, one, epochs, seed=seed), folder / "search")
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,17 @@ def test_what_is_in_the_store_is_not_measured_again(done):
     assert again.selection["new_scores"] == 0
     assert again.genotype == first.genotype
     assert again.selection["decisions"] == first.selection["decisions"]
+
+
+def test_searches_of_two_seeds_share_no_micro_benchmark(tmp_path):
+    # The sample is the whole data, so that nothing but the seeds tells the searches apart.
+    first, second = (searched(tmp_path, epochs=1, seed=seed, fraction=1.0) for seed in (0, 1))
+    assert first.selection["sample"]["rows"] == second.selection["sample"]["rows"] == 64
+    assert second.selection["new_scores"] >= 8
+    options = [each.selection["decisions"]["encoder.frame"]["options"] for each in (first, second)]
+    assert options[0].keys() == options[1].keys()
+    assert all(options[0][name]["scores"] != options[1][name]["scores"] for name in options[0])
+    assert searched(tmp_path, epochs=1, seed=1, fraction=1.0).selection["new_scores"] == 0
 
 
 def test_a_candidate_added_later_is_the_only_one_measured(done):
