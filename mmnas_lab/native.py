@@ -35,6 +35,11 @@ THREADED = 2**14  # fewest entries that are worth a second thread
 EXTRAS = ("-march=native -fopenmp", "-march=native", "")
 
 
+def compiler() -> str | None:
+    """The command that compiles C here: $CC, cc, gcc or clang; None without any."""
+    return os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+
+
 @cache
 def library(source: Path, defines: str = "") -> ctypes.CDLL | None:
     """The compiled source; None, and one line in the log, where it cannot be had.
@@ -45,22 +50,22 @@ def library(source: Path, defines: str = "") -> ctypes.CDLL | None:
         source: a C file.
         defines: options of the preprocessor, such as "-DREAL=float".
     """
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
-    if compiler is None:
+    command_name = compiler()
+    if command_name is None:
         log.info(
             "no C compiler (cc, gcc, clang or $CC): %s is replaced by torch, which is slower", source.name
         )
         return None
     errors = []
     for extra in EXTRAS:
-        command = [*compiler.split(), *FLAGS.split(), *extra.split(), *defines.split()]
+        command = [*command_name.split(), *FLAGS.split(), *extra.split(), *defines.split()]
         try:
             return ctypes.CDLL(str(_compiled(command, source)))
         except subprocess.CalledProcessError as error:
             errors.append(error.stderr.strip())
         except OSError as error:
             errors.append(str(error))
-    log.warning("%s is replaced by torch, which is slower: %s", source.name, errors[-1] or compiler)
+    log.warning("%s is replaced by torch, which is slower: %s", source.name, errors[-1] or command_name)
     return None
 
 

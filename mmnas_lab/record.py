@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmnas_lab import native
 from mmnas_lab.config import Config
 from mmnas_lab.stage import StageResult, atomically, digest, write_json
 from mmnas_lab.training import Point
@@ -49,6 +50,7 @@ def environment(command: str) -> dict[str, Any]:
         "command": command,
         "commit": _commit(),
         "python": platform.python_version(),
+        "compiler": native.compiler(),  # without one, compiled passes are torch's, dropout draws differently
         "versions": {name: importlib.metadata.version(name) for name in names},
         "hardware": {
             "machine": platform.machine(),
