@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmnas_lab.search_space.cnn_cells.mixed_ops import Fan, MakeOp, mixtures, total
+from mmnas_lab.search_space.cnn_cells.mixed_ops import Fan, MakeOp, total
+from mmnas_lab.search_space.cnn_cells.mixtures import mixtures
 from mmnas_lab.search_space.cnn_cells.vocabulary import edges
 
 

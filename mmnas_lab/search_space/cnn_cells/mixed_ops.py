@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmnas_lab.search_space.cnn_cells.depthwise import depthwise
+from mmnas_lab.search_space.cnn_cells.mixtures import mixtures
 from mmnas_lab.search_space.cnn_cells.pointwise import pointwise_norm
 from mmnas_lab.search_space.cnn_cells.primitive_ops import avg_pool, max_pool
 
@@ -246,15 +247,16 @@ class Fan(nn.Module):
                 continue
             edges = tuple(e for e, _ in self.edges_of[name])
             joint[edges] = op.added(state, self._pick(weights, name), joint.get(edges))
-        for edges, h in joint.items():
-            for e, part in zip(edges, h.chunk(len(edges), 1), strict=True):
-                terms[e].append(part)
         shared = {name: op for name, op in self.shared.items() if name not in unused}
         if shared:
             edges = tuple(sorted({e for name in shared for e, _ in self.edges_of[name]}))
             columns = [self._column(weights, name, edges) for name in shared]
-            mixed = mixtures(torch.stack(columns, 1), [op(state) for op in shared.values()])
+            results = [op(state) for op in shared.values()]
+            mixed = mixtures(torch.stack(columns, 1), results, joint.pop(edges, None))
             for e, part in zip(edges, mixed, strict=True):
+                terms[e].append(part)
+        for edges, h in joint.items():
+            for e, part in zip(edges, h.chunk(len(edges), 1), strict=True):
                 terms[e].append(part)
         nothing = [x[:, :, :: self.stride, :: self.stride].detach() * 0] if sparse else []
         return [total(parts or nothing) for parts in terms]
@@ -278,15 +280,6 @@ class Fan(nn.Module):
         column_of = dict(self.edges_of[name])
         zero = weights.new_zeros(())
         return torch.stack([weights[e, column_of[e]] if e in column_of else zero for e in edges])
-
-
-def mixtures(weights: Tensor, terms: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The sums of T tensors of one shape with weights (n, T), as one matrix product; n tensors."""
-    first = terms[0]
-    last = first.is_contiguous(memory_format=torch.channels_last)  # the order in memory is kept
-    rows = torch.stack([term.permute(0, 2, 3, 1) if last else term for term in terms])
-    mixed = (weights @ rows.flatten(1)).view(-1, *rows.shape[1:])
-    return [part.permute(0, 3, 1, 2) if last else part for part in mixed.unbind()]
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:
