@@ -5,6 +5,7 @@ A machine without a compiler does without them: whoever asks falls back to torch
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import logging
@@ -60,7 +61,9 @@ def library(source: Path, defines: str = "") -> ctypes.CDLL | None:
     for extra in EXTRAS:
         command = [*command_name.split(), *FLAGS.split(), *extra.split(), *defines.split()]
         try:
-            return ctypes.CDLL(str(_compiled(command, source)))
+            found = ctypes.CDLL(str(_compiled(command, source)))
+            log.debug("%s is compiled by %s", source.name, " ".join(command))
+            return found
         except subprocess.CalledProcessError as error:
             errors.append(error.stderr.strip())
         except OSError as error:
@@ -88,7 +91,7 @@ def _compiled(command: list[str], source: Path) -> Path:
     """The library that a command makes of a source, made unless this machine has it."""
     address = "\x1f".join([*command, source.read_text(), _processor()])
     name = f"{source.stem}-{hashlib.blake2b(address.encode(), digest_size=8).hexdigest()}.so"
-    folder = _writable(user_cache_path("mmnas_lab"))
+    folder = _own(user_cache_path("mmnas_lab"))
     if not (folder / name).exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / name
@@ -99,21 +102,29 @@ def _compiled(command: list[str], source: Path) -> Path:
     return folder / name
 
 
-def _writable(folder: Path) -> Path:
-    """The folder, or where it cannot be written one for temporary files."""
+def _own(folder: Path) -> Path:
+    """The folder where nobody but this user can write into it, else a new one for this process.
+
+    A library that others could put there would run as this user.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK):
             return folder
     except OSError:
         pass
-    return Path(tempfile.gettempdir())
+    scratch = Path(tempfile.mkdtemp(prefix="mmnas_lab-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return scratch
 
 
 def _processor() -> str:
-    """What `-march=native` depends on; machines may share a cache folder."""
+    """What a compiled file depends on; machines may share a cache folder."""
+    libc = " ".join(platform.libc_ver())
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+        return f"{libc} {platform.processor() or platform.machine()}"
+    kinds = ("flags", "Features", "model name")
+    return "\n".join([libc, *sorted({line for line in lines if line.startswith(kinds)})])

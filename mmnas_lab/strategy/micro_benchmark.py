@@ -22,6 +22,8 @@ from mmnas_lab.types import InputError
 
 log = logging.getLogger(__name__)
 
+MOST_SEEDS = 1000
+
 
 class MicroBenchmark:
     """Greedy search without gradients (MixMAS, arXiv 2412.18437): each choice is made before the next.
@@ -45,7 +47,7 @@ class MicroBenchmark:
         distance: greatest difference of a class's share between a random sample and the whole.
         held_rows: at most so many rows score; null for all.
         seconds: end a training after that time, whatever the epochs; scores then depend on the machine.
-        seeds: micro-benchmarks of each option; those of two searches share none.
+        seeds: micro-benchmarks of each option, at most 1,000; those of two searches share none.
         tie: standard errors of a paired difference up to which it counts as noise.
         halving: measure all options with a quarter of the epochs, the better half with half of them, and the
             better half of these with all (successive halving, arXiv 1502.07943); two at least remain.
@@ -79,6 +81,8 @@ class MicroBenchmark:
         for name, value in (("seeds", seeds), ("workers", workers)):
             if value < 1:
                 raise InputError(f"strategy.{name} must be at least 1, got {value}")
+        if seeds > MOST_SEEDS:
+            raise InputError(f"strategy.seeds must be at most {MOST_SEEDS}, got {seeds}")
         if z <= 0 or not 0 < p < 1 or not 0 < epsilon < 1:
             raise InputError(
                 f"strategy.z must be positive, p and epsilon between 0 and 1, got {z:g}, {p:g}, {epsilon:g}"
@@ -177,7 +181,7 @@ class MicroBenchmark:
         Each search has its own: with a sample that is the whole data, nothing else would tell two of them
         apart.
         """
-        return range(seed * self.seeds, (seed + 1) * self.seeds)
+        return range(seed * MOST_SEEDS, seed * MOST_SEEDS + self.seeds)
 
 
 def _scores(

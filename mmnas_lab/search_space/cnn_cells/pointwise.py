@@ -43,7 +43,7 @@ def pointwise_norm(
         groups: n.
         total: where the result is added to, in place; the sum is returned.
     """
-    compiled = _compiled_for(x, weight, total) if norm.training else None
+    compiled = _compiled_for(x, weight, scale, total) if norm.training else None
     if compiled is None:
         h = _by_torch(F.conv2d(x, weight, groups=groups), norm, scale, relu)
         return h if total is None else total.add_(h)
@@ -65,15 +65,20 @@ def _by_torch(y: Tensor, norm: nn.BatchNorm2d, scale: Tensor | None, relu: bool)
     return torch.relu_(out) if relu else out
 
 
-def _compiled_for(x: Tensor, weight: Tensor, total: Tensor | None) -> ctypes.CDLL | None:
+def _compiled_for(
+    x: Tensor, weight: Tensor, scale: Tensor | None, total: Tensor | None
+) -> ctypes.CDLL | None:
     """The compiled functions, if they can stand for torch's here."""
-    if total is not None and not total.is_contiguous(memory_format=torch.channels_last):
+    if x.device.type != "cpu" or x.dtype not in REALS or torch.is_autocast_enabled("cpu"):
         return None
-    if x.device.type != "cpu" or x.dtype not in REALS or weight.dtype != x.dtype:
+    others = [each for each in (weight, scale, total) if each is not None]
+    if any(each.dtype != x.dtype or each.device != x.device for each in others):
         return None
-    if weight.shape[1] not in WIDTHS or torch.is_autocast_enabled("cpu"):
+    maps = [x] if total is None else [x, total]
+    if not all(each.is_contiguous(memory_format=torch.channels_last) for each in maps):
         return None
-    if not x.is_contiguous(memory_format=torch.channels_last) or x.numel() <= x.shape[1]:
+    fits = total is None or total.shape == x.shape
+    if weight.shape[1] not in WIDTHS or x.numel() <= x.shape[1] or not fits:
         return None
     defines = f"-DREAL={REALS[x.dtype]} -DCHANNELS={weight.shape[1]}"
     return library(Path(__file__).with_name("pointwise.c"), defines)
@@ -137,13 +142,18 @@ def _differentiable(
     setting: _Setting, inputs: tuple[Tensor, Tensor, Tensor | None], g: Tensor
 ) -> list[Tensor | None]:
     """Gradients of x, weight and scale by torch's operations, so that they have gradients too."""
-    x, weight, scale = inputs
+    # Views, so that what x was made of is not differentiated: that is not for this function to do.
+    x, weight = inputs[0].view_as(inputs[0]), inputs[1].view_as(inputs[1])
+    scale = None if inputs[2] is None else inputs[2].view_as(inputs[2])
     y = F.conv2d(x, weight, groups=setting.groups)
     out = F.batch_norm(y, None, None, scale, None, True, 0.0, setting.eps)
     out = torch.relu(out) if setting.relu else out
-    needed = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    views = (x, weight, scale)
+    needed = [tensor for tensor in views if tensor is not None and tensor.requires_grad]
+    if not needed:
+        return [None] * len(views)
     found = iter(torch.autograd.grad(out, needed, g, create_graph=True))
-    return [next(found) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
+    return [next(found) if tensor is not None and tensor.requires_grad else None for tensor in views]
 
 
 def _check(failed: int, x: Tensor) -> None:

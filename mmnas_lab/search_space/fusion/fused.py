@@ -26,9 +26,11 @@ Activation = Literal["relu", "glu"]
 def compiled_for(*tensors: Tensor) -> ctypes.CDLL | None:
     """The compiled functions, if they can stand for torch's on these tensors."""
     first = tensors[0]
-    if first.device.type != "cpu" or first.dtype not in REALS or first.numel() == 0:
+    if first.device.type != "cpu" or first.dtype not in REALS or torch.is_autocast_enabled("cpu"):
         return None
-    if torch.is_autocast_enabled("cpu") or any(tensor.dtype != first.dtype for tensor in tensors):
+    if any(each.dtype != first.dtype or each.device != first.device for each in tensors):
+        return None
+    if any(each.numel() == 0 for each in tensors):
         return None
     return library(Path(__file__).with_name("fused.c"), f"-DREAL={REALS[first.dtype]}")
 
@@ -60,7 +62,7 @@ def project(
         projections: one for each input, to equal C_out.
         length: L.
         activation: `glu` halves the channels.
-        p: probability that an entry is dropped.
+        p: probability that an entry is dropped, where the norm is in training.
         scale: (C_out,), or none.
 
     Returns:
@@ -73,9 +75,10 @@ def project(
         else (each.norm.weight * scale, each.norm.bias * scale)
         for each in projections
     ]
-    norm = projections[0].norm
-    compiled = compiled_for(inputs[0], projections[0].matrix)
-    if compiled is None or not norm.training or len(inputs[0]) * length == 1:
+    matrices = [each.matrix for each in projections]
+    compiled = compiled_for(*inputs, *matrices, *(tensor for affine in affines for tensor in affine))
+    training = all(each.norm.training for each in projections)
+    if compiled is None or not training or len(inputs[0]) * length == 1:
         outs = [
             plain(_rows(F.linear(x, each.matrix, each.bias), length), each.norm, *affine, activation, p)
             for (x, each), affine in zip(passes, affines, strict=True)
@@ -202,11 +205,15 @@ def _gradients(each: Pass, x: Tensor, kept: Tensor, g: Tensor) -> tuple[Tensor, 
 
 def _differentiable(each: Pass, inputs: Sequence[Tensor], g: Tensor) -> list[Tensor | None]:
     """As `_gradients`, by torch's own operations, so that the results have gradients of their own."""
+    # Views, so that what x was made of is not differentiated: that is not for this function to do.
+    inputs = [tensor.view_as(tensor) for tensor in inputs]
     x, weight, bias = inputs
     normed = F.batch_norm(x, None, None, weight, bias, True, 0.0, each.eps)
     activated = _activated(normed, each.activation)
     result = activated * Drop.apply(each.compiled, torch.ones_like(activated), each.draw)
     needed = [tensor for tensor in inputs if tensor.requires_grad]
+    if not needed:
+        return [None] * len(inputs)
     found = iter(torch.autograd.grad(result, needed, g, create_graph=True))
     return [next(found) if tensor.requires_grad else None for tensor in inputs]
 
@@ -234,7 +241,7 @@ class Drop(torch.autograd.Function):
 def weighted_sum(weights: Tensor, tensors: Sequence[Tensor], plus: Sequence[Tensor] = ()) -> Tensor:
     """The sum of weights[k] tensors[k] and of `plus`; all are of one shape, `weights` is (K,)."""
     compiled = compiled_for(weights, *tensors, *plus)
-    if compiled is not None:
+    if compiled is not None and len({each.shape for each in (*tensors, *plus)}) == 1:
         return WeightedSum.apply(compiled, weights, len(tensors), *tensors, *plus)
     return sum([w * tensor for w, tensor in zip(weights, tensors, strict=True)], start=sum(plus))  # type: ignore[return-value]
 
@@ -275,6 +282,13 @@ class WeightedSum(torch.autograd.Function):
 
 
 # ---- scores of attention ----------------------------------------------------------------------------
+
+
+def scores(x: Tensor, y: Tensor) -> Tensor:
+    """X y^T of (B, L, C): (B, L, L)."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.bmm(x, y.transpose(1, 2))
+    return Scores.apply(x, y)
 
 
 class Scores(torch.autograd.Function):

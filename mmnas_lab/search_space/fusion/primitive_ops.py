@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmnas_lab.search_space.fusion.fused import Activation, Projection, Scores, drop, project
+from mmnas_lab.search_space.fusion.fused import Activation, Projection, drop, project, scores
 
 Protocol = Literal["paper", "released_code"]
 
@@ -120,7 +120,7 @@ class Attention(StepOp):
 
     def attend(self, x: Tensor, y: Tensor) -> Tensor:
         """(B, L, L) weights of the positions of y."""
-        return torch.softmax(Scores.apply(x, y) / self.root, -1)
+        return torch.softmax(scores(x, y) / self.root, -1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.norm(self.dropout(torch.bmm(self.attend(x, y), y)))

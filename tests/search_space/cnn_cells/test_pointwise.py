@@ -94,6 +94,25 @@ def test_it_can_be_differentiated_twice(relu, generator):
     assert gradgradcheck(run, (x, weight, scale, start), fast_mode=True)
 
 
+def test_a_weight_used_twice_has_the_same_gradient_with_a_graph_of_its_own(generator):
+    x, weight, scale, _ = inputs(2, 8, (2, 3, 3), torch.float64, generator)
+    norm = nn.BatchNorm2d(16, affine=False).double()
+    once = pointwise_norm(x, weight, norm, scale, True, 2)
+    loss = pointwise_norm(once, weight, norm, scale, False, 2).relu().square().sum()
+    plainly, twice = (
+        torch.autograd.grad(loss, (x, weight, scale), create_graph=graph, retain_graph=True)
+        for graph in (False, True)
+    )
+    for mine, theirs in zip(twice, plainly, strict=True):
+        close(mine, theirs, torch.float64)
+
+
+def test_another_type_is_refused_by_torch(generator):
+    x, weight, scale, _ = inputs(2, 16, (2, 4, 4), torch.float32, generator)
+    with pytest.raises(RuntimeError):
+        pointwise_norm(x, weight, nn.BatchNorm2d(32, affine=False), scale.double(), False, 2)
+
+
 def test_what_is_held_gets_no_gradient(generator):
     x, weight, scale, _ = inputs(2, 16, (2, 4, 4), torch.float32, generator)
     norm = nn.BatchNorm2d(32, affine=False)

@@ -20,6 +20,7 @@ from mmnas_lab.search_space.fusion.fused import (
     relu_transposed,
     weighted_sum,
 )
+from mmnas_lab.search_space.fusion.primitive_ops import Attention
 
 pytestmark = pytest.mark.skipif(
     compiled_for(torch.zeros(1)) is None, reason="needs a C compiler: cc, gcc, clang or $CC"
@@ -146,6 +147,46 @@ def test_projections_can_be_differentiated_twice(activation, generator):
     scale = torch.rand(4, generator=generator, dtype=torch.float64, requires_grad=True)
     assert gradcheck(run, (x, each.matrix, weight, scale))
     assert gradgradcheck(run, (x, each.matrix, weight, scale))
+
+
+def first_order(loss, tensors, twice):
+    return torch.autograd.grad(loss, tensors, create_graph=twice, retain_graph=True)
+
+
+def test_what_is_used_twice_or_held_has_the_same_gradient_with_a_graph_of_its_own(generator):
+    x = torch.randn(5, 3, 4, generator=generator, dtype=torch.float64)
+    each = random_projection(4, 4, torch.float64, generator)
+    held = Projection(
+        each.matrix.detach(), each.bias.detach(), copy.deepcopy(each.norm).requires_grad_(False)
+    )
+    once = project([x], [each], 3, "relu", 0.0)[0]
+    again = project([once, x], [each, held], 3, "glu", 0.0).square().sum()
+    wanted = (each.matrix, each.norm.weight)
+    for plainly, twice in zip(
+        first_order(again, wanted, False), first_order(again, wanted, True), strict=True
+    ):
+        close(twice, plainly, torch.float64)
+
+
+def test_a_norm_in_evaluation_keeps_its_statistics(generator):
+    x = torch.randn(5, 3, 4, generator=generator)
+    pair = [random_projection(4, 6, torch.float32, generator) for _ in range(2)]
+    pair[1].norm.eval()
+    before = pair[1].norm.running_mean.clone()
+    out = project([x, x], pair, 3, "relu", 0.0)
+    assert torch.equal(pair[1].norm.running_mean, before)
+    rows = F.linear(x, pair[1].matrix, pair[1].bias).flatten(0, 1)
+    torch.testing.assert_close(out[1], F.relu(pair[1].norm(rows)).view(5, 3, 6))
+
+
+def test_attention_can_be_trained_in_mixed_precision(generator):
+    attention = Attention(8, 4, 0.1, norm=True)
+    x, y = (torch.randn(2, 4, 8, generator=generator).requires_grad_() for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(x, y)
+    out.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert x.grad.isfinite().all()
 
 
 def test_evaluation_uses_running_statistics_and_drops_nothing(generator):
@@ -275,6 +316,9 @@ def test_other_types_are_left_to_torch():
     assert compiled_for(torch.zeros(3)) is not None
     assert compiled_for(torch.zeros(3, dtype=torch.bfloat16)) is None
     assert compiled_for(torch.zeros(3), torch.zeros(3, dtype=torch.float64)) is None
+    assert compiled_for(torch.zeros(3), torch.zeros(3, device="meta")) is None
+    broadcast = weighted_sum(torch.ones(2), [torch.ones(4, 3), torch.ones(1, 3)])
+    assert torch.equal(broadcast, torch.full((4, 3), 2.0))
     with torch.autocast("cpu", torch.bfloat16):
         assert compiled_for(torch.zeros(3)) is None
 
@@ -330,7 +374,14 @@ def test_a_source_with_an_error_is_named(source, caplog):
     assert "nothing" in caplog.text
 
 
-def test_a_cache_that_cannot_be_written_is_replaced(source, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_replaced(source):
     (source.parent / "cache").write_text("a file where the folder should be")
-    monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(source.parent))
     assert native.library(source).two() == 2
+
+
+def test_a_cache_that_others_can_write_is_not_trusted(source):
+    cache = source.parent / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    assert native.library(source).two() == 2
+    assert not list(cache.iterdir())
