@@ -243,7 +243,8 @@ def test_a_clear_difference_wins_and_noise_is_a_tie_broken_by_cost():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"seeds": 0}, {"seeds": 1001}, {"workers": 0}, {"fraction": 0.0}, {"z": 0.0}, {"p": 1.0}, {"held_rows": 0},
+    [{"seeds": 0}, {"seeds": 1001}, {"workers": 0}, {"fraction": 0.0}, {"z": 0.0}, {"p": 1.0},
+     {"held_rows": 0},
      {"tie": -1.0}, {"seconds": 0.0}],
 )  # fmt: skip
 def test_impossible_settings_are_refused(settings):
