@@ -40,7 +40,7 @@ from mmnas_lab.types import InputError, InputInfos, OutputInfo, Split
 log = logging.getLogger(__name__)
 
 # Raised when a stage's result changes for the same settings.
-VERSIONS = {"search": 2, "pretrain": 2, "train": 2, "test": 1}
+VERSIONS = {"search": 3, "pretrain": 3, "train": 3, "test": 1}
 
 
 @dataclass(frozen=True)
