@@ -48,7 +48,7 @@ def library(source: Path, defines: str = "") -> ctypes.CDLL | None:
     It shares torch's threads where both use the same OpenMP runtime, as the usual builds for Linux do.
 
     Args:
-        source: a C file.
+        source: a C file; it may include `native.h`.
         defines: options of the preprocessor, such as "-DREAL=float".
     """
     command_name = compiler()
@@ -89,14 +89,18 @@ def threads_for(tensor: Tensor) -> int:
 
 def _compiled(command: list[str], source: Path) -> Path:
     """The library that a command makes of a source, made unless this machine has it."""
-    address = "\x1f".join([*command, source.read_text(), _processor()])
+    header = Path(__file__).with_name("native.h")
+    address = "\x1f".join([*command, header.read_text(), source.read_text(), _processor()])
     name = f"{source.stem}-{hashlib.blake2b(address.encode(), digest_size=8).hexdigest()}.so"
     folder = _own(user_cache_path("mmnas_lab"))
     if not (folder / name).exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / name
             subprocess.run(
-                [*command, str(source), "-o", str(made), "-lm"], check=True, capture_output=True, text=True
+                [*command, f"-I{header.parent}", str(source), "-o", str(made), "-lm"],
+                check=True,
+                capture_output=True,
+                text=True,
             )
             made.replace(folder / name)  # whole or not there, whoever else compiles it
     return folder / name

@@ -1,6 +1,6 @@
 /* Chosen rows of a half-precision array, standardised by channel, in one pass; see feature_cache.py. */
 
-#include <stdint.h>
+#include "native.h"
 
 typedef union {
     uint32_t bits;

@@ -3,17 +3,8 @@
    Tensors are (batch, height, width, channels). A thread takes a few channels at a time, as many as a vector
    register holds, through all samples: it copies them, with zeros around them, to where they lie close. */
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-#define omp_get_thread_num() 0
-#define omp_get_num_threads() 1
-#endif
+#include "native.h"
 
-typedef REAL real;
 #ifdef __AVX512F__
 #define LANES (64 / sizeof(real))
 #else

@@ -2,20 +2,9 @@
 
    A tensor has `rows` of `channels` entries; `plus` has rows of sums x channels. Threads take consecutive rows. */
 
-#include <stdint.h>
-#include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-#define omp_get_thread_num() 0
-#define omp_get_num_threads() 1
-#endif
+#include "native.h"
 
-typedef REAL real;
 enum { CHUNK = 512 }; /* entries of each tensor that are worked on at a time */
-
-static int64_t first_row(int64_t rows) { return rows * omp_get_thread_num() / omp_get_num_threads(); }
-static int64_t last_row(int64_t rows) { return rows * (omp_get_thread_num() + 1) / omp_get_num_threads(); }
 
 /* out[e] = part e of plus + sum over t of weights[e, t] x[t]; plus may be null. */
 void forward(int64_t rows, int64_t channels, int sums, int terms, const real *const *x, const real *weights,

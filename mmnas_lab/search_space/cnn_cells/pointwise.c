@@ -5,17 +5,8 @@
    rows. CHANNELS is given, so that the sums stay in registers. */
 
 #include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-#define omp_get_thread_num() 0
-#define omp_get_num_threads() 1
-#endif
+#include "native.h"
 
-typedef REAL real;
 #ifdef __AVX512F__
 #define BYTES (CHANNELS * sizeof(real) % 64 ? 32 : 64) /* of a vector register; channels fill whole ones */
 #else
@@ -32,9 +23,6 @@ enum {
 
 /* z, or 0 where the mask is set. */
 static inline vector unless(vector z, mask zero) { return (vector)((mask)z & ~zero); }
-
-static int64_t first_row(int64_t rows) { return rows * omp_get_thread_num() / omp_get_num_threads(); }
-static int64_t last_row(int64_t rows) { return rows * (omp_get_thread_num() + 1) / omp_get_num_threads(); }
 
 /* out[r] = sum over k of x[r][k] weight[k], for `count` <= TOGETHER rows of one group. */
 static inline void product(const real *x, const real *weight, real *out, int64_t stride, int64_t out_stride,

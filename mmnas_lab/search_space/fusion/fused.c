@@ -4,17 +4,8 @@
    Sums over rows are made in `real` within a block and in double between blocks and threads. NaN stays NaN. */
 
 #include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-#define omp_get_thread_num() 0
-#define omp_get_num_threads() 1
-#endif
+#include "native.h"
 
-typedef REAL real;
 enum { BLOCK = 64 /* rows */, CHUNK = 1024 /* entries */ };
 
 /* Which entries are dropped is a function of their place and of two random numbers. */
@@ -58,9 +49,6 @@ static inline real exponential(real x) {
     union { int32_t bits; float power; } two = {((int32_t)n + 127) << 23};
     return series * two.power;
 }
-
-static int64_t first_row(int64_t rows) { return rows * omp_get_thread_num() / omp_get_num_threads(); }
-static int64_t last_row(int64_t rows) { return rows * (omp_get_thread_num() + 1) / omp_get_num_threads(); }
 
 /* Sums of all threads, (threads, 2, channels), into the first one's. */
 static void gather(double *sums, int64_t channels, int threads) {
