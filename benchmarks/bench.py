@@ -19,6 +19,7 @@ import re
 import statistics
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ TARGETS = {"shared": 3.0, "distinct": 2.2, "epoch": 100.0, "read": 0.5, "waiting
 # ---- the two search steps ---------------------------------------------------------------------------
 
 
-class Step(nn.Module):
+class Step(nn.Module, ABC):
     """A network with its head and optimizers, and a search step pair on two batches."""
 
     def __init__(self, network: nn.Module, arch: list[nn.Parameter]) -> None:
@@ -69,21 +70,21 @@ class Step(nn.Module):
         self.weight_optimizer = make_optimizer(weights, Optimizer(lr=1e-3, weight_decay=1e-4))
         self.arch_optimizer = make_optimizer(arch, Optimizer(lr=3e-4, betas=(0.5, 0.999), weight_decay=1e-3))
 
+    @abstractmethod
     def embedding(self, inputs: Inputs) -> Tensor:
         """(B, 2 C L)."""
-        raise NotImplementedError
 
     def forward(self, inputs: Inputs, labels: Tensor) -> Tensor:
         """The loss of one batch."""
         return F.binary_cross_entropy_with_logits(self.head(self.embedding(inputs)), labels)
 
+    @abstractmethod
     def arch_step(self, inputs: Inputs, labels: Tensor) -> None:
         """One step of alpha, beta and gamma."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weight_step(self, inputs: Inputs, labels: Tensor) -> None:
         """One step of all other parameters."""
-        raise NotImplementedError
 
 
 class OurStep(Step):

@@ -83,12 +83,12 @@ class Drawn:
         return part
 
     def views(self, index: Tensor, generator: torch.Generator, count: int) -> Batch:
-        """Not drawn here."""
-        raise NotImplementedError
+        """Micro-benchmarks read clean samples alone."""
+        raise TypeError("micro-benchmarks with labels draw no views")
 
     def mixed(self, index: Tensor, generator: torch.Generator, clean_probability: float) -> Batch:
-        """Not drawn here."""
-        raise NotImplementedError
+        """Micro-benchmarks read clean samples alone."""
+        raise TypeError("micro-benchmarks with labels draw no views")
 
 
 def problem(data: str, rows: int, epochs: int, root: Path) -> Problem:

@@ -10,6 +10,7 @@ import io
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -95,7 +96,7 @@ class Runtime:
         )
 
 
-class Fit(pl.LightningModule):
+class Fit(pl.LightningModule, ABC):
     """What every loop has: addressed randomness, exact save points, epoch means, evaluation after epochs.
 
     Args:
@@ -130,17 +131,17 @@ class Fit(pl.LightningModule):
 
     # What a kind of fit decides.
 
+    @abstractmethod
     def steps_per_epoch(self, epoch: int) -> int:
         """Number of steps of an epoch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def epoch_batches(self, epoch: int, start: int) -> Iterator[Any]:
         """The rest of an epoch's batches."""
-        raise NotImplementedError
 
+    @abstractmethod
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """Evaluation after an epoch: values to log, named with the stage."""
-        raise NotImplementedError
 
     def extra_state(self) -> dict[str, Any]:
         """What else a save point must hold: tensors and plain values."""

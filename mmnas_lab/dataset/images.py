@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from mmnas_lab.dataset.picture_files import (
 from mmnas_lab.types import InputError, Split, Task
 
 
-class ImageClasses:
+class ImageClasses(ABC):
     """What the datasets of pictures with one class each have in common.
 
     Splits that the files lack are taken out of train by a hash of the identity, which reads no label.
@@ -57,9 +58,9 @@ class ImageClasses:
         self.modalities = {"image": "image"}
         self._rows: dict[Split, list[tuple[Split, int]]] = {}  # of this split: split and row in the files
 
+    @abstractmethod
     def files(self) -> PictureFiles:
         """How the data lies under `path`. Raises InputError."""
-        raise NotImplementedError
 
     @cached_property
     def _files(self) -> PictureFiles:

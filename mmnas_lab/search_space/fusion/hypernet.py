@@ -10,6 +10,7 @@ and equal operands are projected once (see `LinearOp.of_joined`).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,7 @@ class FusionHypernet(Hypernet):
         noisy = sampled and self.training and self.relaxation == "gumbel"
         return relax(logits, self.relaxation, gumbel_noise(logits) if noisy else None, self.temperature)
 
+    @abstractmethod
     def operands(
         self,
     ) -> tuple[Tensor, Tensor, Callable[[int, int, Sequence[Tensor]], tuple[Tensor, Tensor]]]:
@@ -98,11 +100,10 @@ class FusionHypernet(Hypernet):
             Feature weights of all cell inputs (S, n), earlier-cell weights of all cell inputs (S, N), and a
             function from (cell, step, states) to the step's two operands.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def cell_inputs(self, i: int, sources: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The inputs x and y of cell i, among the S cell inputs."""
-        raise NotImplementedError
 
     def _candidates(self, i: int) -> list[str]:
         return [*self.features, *(f"cell.{c}" for c in range(i))]

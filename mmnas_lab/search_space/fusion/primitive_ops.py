@@ -39,7 +39,7 @@ class StepOp(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The result."""
 
     def weighted(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """The result times a () weight."""
