@@ -26,6 +26,8 @@ def strategy_unfit(strategy: Any, space: Any) -> str | None:
     for method, what in needed.items():
         if method in strategy.space_needs and not hasattr(space, method):
             return f"strategy={strategy.name} needs a search space with {what}, and '{space.name}' has none"
+    if "revised" in strategy.space_needs and not getattr(space, "revises", False):
+        return f"strategy={strategy.name} compares single genotypes, which '{space.name}' does not list"
     return None
 
 
@@ -51,7 +53,7 @@ def refuse_unfit(strategy: Any, objective: Mapping[str, Any], space: Any) -> Non
     if "pins" in strategy.space_needs and not getattr(space, "pins", True):
         raise InputError(
             f"strategy={strategy.name} needs a hypernet that can stand for single genotypes, and one mixture "
-            "for both inputs of a cell cannot; set search_space.pairing=distinct"
+            "for both inputs of a cell cannot; set search_space.pairing=distinct, or strategy=bilevel"
         )
     if strategy.needs_data and (reason := objective_unfit(objective, space)):
         fitting = [name for name, node in nodes("objective").items() if objective_unfit(node, space) is None]

@@ -329,7 +329,7 @@ def kill_at(place: str, fit: str, number: int = 1, by: int = signal.SIGKILL) -> 
     point and `after_epoch` behind it; `before_done` is when the stage is about to be marked.
     """
     from mmnas_lab import stage
-    from mmnas_lab.strategy.gradient_search import SearchModule
+    from mmnas_lab.strategy.search_module import SearchModule
     from mmnas_lab.training import Fit, TrainFit
 
     passed = 0

@@ -111,6 +111,21 @@ class Hypernet(Network):
         finally:
             self._pinned = None
 
+    def revised(self, genotype: Any, decision: int) -> list[Any]:
+        """The genotypes that differ from one in a single decision at most, itself first.
+
+        Args:
+            genotype: one of the hypernet's.
+            decision: its number, from 0; decisions on which others build come first.
+
+        Returns:
+            None at all where there are no more decisions.
+
+        Raises:
+            InputError: the hypernet cannot stand for single genotypes.
+        """
+        raise InputError(f"{type(self).__name__} cannot stand for single genotypes")
+
     def logits(self, name: str) -> Tensor:
         """An architecture logit tensor, detached in the weight half-step."""
         parameter = self.arch[name]

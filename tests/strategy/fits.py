@@ -12,7 +12,8 @@ from mmnas_lab.objective.nt_xent import NTXent
 from mmnas_lab.objective.supervised import Supervised
 from mmnas_lab.search_space.fusion.space import FusionSpace
 from mmnas_lab.strategy.base import Problem
-from mmnas_lab.strategy.gradient_search import Bilevel, SearchModule
+from mmnas_lab.strategy.gradient_search import Bilevel
+from mmnas_lab.strategy.search_module import SearchModule
 from mmnas_lab.training import Fit, Runtime, TrainFit, train
 
 SPACE = FusionSpace(num_cells=2, num_steps=1, channels=3, length=4, dropout=0.1)

@@ -10,7 +10,8 @@ from mmnas_lab.objective.base import Scored
 from mmnas_lab.objective.supervised import Supervised
 from mmnas_lab.search_space.cnn_cells.space import CnnCellSpace
 from mmnas_lab.strategy.curvature import CurvatureStop, dominant_eigenvalue
-from mmnas_lab.strategy.gradient_search import Bilevel, SearchModule
+from mmnas_lab.strategy.gradient_search import Bilevel
+from mmnas_lab.strategy.search_module import SearchModule
 from mmnas_lab.types import Batch, InputError, InputInfo
 
 

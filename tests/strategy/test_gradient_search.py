@@ -26,7 +26,8 @@ from mmnas_lab.objective.base import Weighted
 from mmnas_lab.objective.masked_reconstruction import MaskedReconstruction
 from mmnas_lab.objective.mix import Mix, Term
 from mmnas_lab.objective.regularisers import ZeroOne
-from mmnas_lab.strategy.gradient_search import Bilevel, SearchModule
+from mmnas_lab.strategy.gradient_search import Bilevel
+from mmnas_lab.strategy.search_module import SearchModule
 from mmnas_lab.types import TrainingError
 
 ALTERNATIONS = ["batch", "epoch"]

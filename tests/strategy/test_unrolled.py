@@ -10,7 +10,8 @@ from fits import CLASSES, SPACE, Stopped, problem, runtime, same_state, states, 
 from mmnas_lab.loader import draw_clean
 from mmnas_lab.objective.base import Scored
 from mmnas_lab.objective.supervised import Supervised
-from mmnas_lab.strategy.gradient_search import Bilevel, SingleLevel, SingleLevelModule
+from mmnas_lab.strategy.gradient_search import Bilevel, SingleLevel
+from mmnas_lab.strategy.search_module import SingleLevelModule
 from mmnas_lab.strategy.unrolled import RADIUS, VirtualStep, unrolled_gradient
 from mmnas_lab.types import Batch, InputError
 

@@ -39,6 +39,16 @@ class FusionGenotype:
         names = [name for cell in self.cells for name in cell.inputs if not name.startswith("cell.")]
         return tuple(dict.fromkeys(names))
 
+    def choices(self) -> dict[str, Any]:
+        """What is chosen, by the names that margins have: `cell.0.inputs`, `cell.0.step.0.op`, ..."""
+        found: dict[str, Any] = {}
+        for i, cell in enumerate(self.cells):
+            found[f"cell.{i}.inputs"] = cell.inputs
+            for m, step in enumerate(cell.steps):
+                found[f"cell.{i}.step.{m}.inputs"] = step.inputs
+                found[f"cell.{i}.step.{m}.op"] = step.op
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; `parse_genotype` reads them back."""
         return {

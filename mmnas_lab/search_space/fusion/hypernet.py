@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import permutations, product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ from mmnas_lab.search_space.fusion.derivation import (
     inner_slices,
 )
 from mmnas_lab.search_space.fusion.fused import weighted_sum
-from mmnas_lab.search_space.fusion.genotype import FusionGenotype
+from mmnas_lab.search_space.fusion.genotype import CellGenotype, FusionGenotype, StepGenotype
 from mmnas_lab.search_space.relaxation import gumbel_noise, relax
 from mmnas_lab.types import InputError, InputInfos, Inputs, Output, OutputInfo
 
@@ -227,6 +228,21 @@ class DistinctHypernet(FusionHypernet):
                     found["beta"][i, operand, self.inner[m]][state] = 1
                 found["gamma"][i, m, self.ops.index(step.op)] = 1
         return found
+
+    def revised(self, genotype: FusionGenotype, decision: int) -> list[FusionGenotype]:
+        if decision >= self.num_cells * self.num_steps:
+            return []
+        i, m = divmod(decision, self.num_steps)
+        cell = genotype.cells[i]
+        # The first step is chosen along with the cell's inputs; if it is the only one, it reads x and y.
+        pairs = list(permutations(self._candidates(i), 2)) if m == 0 else [cell.inputs]
+        operands = list(permutations(range(2 + m), 2)) if self.num_steps > 1 else [(0, 1)]
+        found = {genotype: None}
+        for pair, states, op in product(pairs, operands, self.ops):
+            steps = (*cell.steps[:m], StepGenotype(states, op), *cell.steps[m + 1 :])
+            cells = (*genotype.cells[:i], CellGenotype(pair, steps), *genotype.cells[i + 1 :])
+            found[FusionGenotype(cells, genotype.head_cells)] = None
+        return list(found)
 
     def _mixtures(self, sampled: bool) -> dict[str, Tensor]:
         alpha, beta = self.logits("alpha"), self.logits("beta")

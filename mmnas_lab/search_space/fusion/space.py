@@ -93,6 +93,7 @@ class FusionSpace:
         self.cell_outputs = cell_outputs
         self.head_cells = head_cells or num_cells
         self.protocol, self.pairing = protocol, pairing
+        self.revises = True  # whether the hypernet can list the genotypes that differ in one decision
         self.pins = pairing == "distinct"  # whether the hypernet can stand for single genotypes
         self.relaxation: Relaxation = relaxation
         self.temperature = temperature
