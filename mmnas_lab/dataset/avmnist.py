@@ -18,7 +18,7 @@ from PIL import Image
 
 from mmnas_lab.dataset.base import SPLITS
 from mmnas_lab.dataset.records import RecordDataset, digest_of
-from mmnas_lab.dataset.spectrogram import in_white_noise, log_spectrogram, read_wav
+from mmnas_lab.dataset.spectrogram import averaged, in_white_noise, log_spectrogram, read_wav
 from mmnas_lab.types import InputError, Settings, Split
 
 RATE = 8000
@@ -81,10 +81,10 @@ class AVMNIST(RecordDataset[Pair]):
     the digits, as it did when the dataset was made; it is part of the inputs, and nothing else that is given
     to label-free stages depends on a digit.
 
-    Pictures of mode L, 28 x 28. Recordings as log-spectrograms (1, F, T) over `seconds`, padded or cut at
-    both ends alike. Degraded, as AV-MNIST is: pictures are reduced to their first principal components of
-    the training pictures, around the training mean; recordings are in white noise, which differs for each
-    pair. Undegraded, either modality tells nearly all digits.
+    Pictures of mode L, 28 x 28. Recordings as log-spectrograms (1, F, T), or averaged ones, over `seconds`,
+    padded or cut at both ends alike. Degraded, as AV-MNIST is: pictures are reduced to their first principal
+    components of the training pictures, around the training mean; recordings are in white noise, which
+    differs for each pair. Undegraded, either modality tells nearly all digits.
 
     `path` holds the folders `mnist` (four idx files, packed or not) and `fsdd` (the repository's recordings
     `<digit>_<speaker>_<index>.wav`, or parquet files with the columns audio, digit, speaker, index).
@@ -102,6 +102,8 @@ class AVMNIST(RecordDataset[Pair]):
         frequencies: F; 8 to 512.
         frames: T; 8 to 512.
         seconds: that a spectrogram spans.
+        average: power is averaged over so many x so many cells at the end, noise included, which leaves
+            (1, F / average, T / average). Few recordings tell more in this form.
         seed: of the pairing and the noise.
         on_bad_sample: `stop` or `skip`, for pairs whose recording cannot be used.
 
@@ -125,6 +127,7 @@ class AVMNIST(RecordDataset[Pair]):
         frequencies: int = 112,
         frames: int = 112,
         seconds: float = 1.0,
+        average: int = 1,
         seed: int = 0,
         on_bad_sample: Literal["stop", "skip"] = "stop",
     ) -> None:
@@ -140,10 +143,17 @@ class AVMNIST(RecordDataset[Pair]):
             ("frequencies", frequencies, 8, 512),
             ("frames", frames, 8, 512),
             ("seconds", seconds, 0.2, 10),
+            ("average", average, 1, 64),
             ("seed", seed, 0, 2**31 - 1),
         ):
             if not low <= value <= high:
                 raise InputError(f"dataset.{key} must be in [{low}, {high}], got {value}")
+        if frequencies % average or frames % average:
+            raise InputError(
+                f"dataset.average={average} must divide dataset.frequencies={frequencies} and "
+                f"dataset.frames={frames}"
+            )
+        self.average = average
         self.degraded, self.components, self.snr_db, self.disjoint = degraded, components, snr_db, disjoint
         self.counts: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test}
         self.frequencies, self.frames, self.seconds, self.seed = frequencies, frames, seconds, seed
@@ -175,6 +185,7 @@ class AVMNIST(RecordDataset[Pair]):
             "frames": self.frames,
             "seconds": self.seconds,
             "seed": self.seed,
+            **({"average": self.average} if self.average > 1 else {}),
             **degradation,
         }
 
@@ -252,7 +263,7 @@ class AVMNIST(RecordDataset[Pair]):
         if self.degraded:
             noise = np.random.default_rng([self.seed, SPLITS.index(pair.split), pair.row, 1])
             levels = in_white_noise(levels, self.snr_db, noise)
-        return levels[None]
+        return averaged(levels, self.average)[None]
 
     def _levels(self, clip: Clip) -> NDArray[np.uint8]:
         if clip.name not in self._spectrograms:

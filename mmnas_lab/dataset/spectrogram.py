@@ -105,6 +105,23 @@ def in_white_noise(
     return _levels(np.hypot(magnitude + real, imaginary))
 
 
+def averaged(spectrogram: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+    """The log-spectrogram of the mean power of blocks of cells.
+
+    Args:
+        spectrogram: (F, T) in [0, 1], as `log_spectrogram` gives it.
+        side: cells of a block along either axis; divides F and T.
+
+    Returns:
+        (F / side, T / side) in [0, 1]; the loudest block is 1. With `side` 1 the spectrogram itself.
+    """
+    if side == 1:
+        return spectrogram
+    power = 10 ** ((spectrogram - 1) * np.float32(DYNAMIC_RANGE_DB / 10))
+    frequencies, frames = (length // side for length in spectrogram.shape)
+    return _levels(np.sqrt(power.reshape(frequencies, side, frames, side).mean((1, 3))))
+
+
 def _levels(magnitude: NDArray[np.floating]) -> NDArray[np.float32]:
     loudest = magnitude.max()
     floor = 10 ** (-DYNAMIC_RANGE_DB / 20)

@@ -13,6 +13,7 @@ from scipy.io import wavfile
 
 from mmnas_lab.dataset.avmnist import AVMNIST
 from mmnas_lab.dataset.base import SPLITS
+from mmnas_lab.dataset.spectrogram import averaged
 from mmnas_lab.types import InputError
 
 SPEAKERS = ("ann", "bob", "cleo")
@@ -127,6 +128,13 @@ def test_noise_differs_between_pairs_of_one_recording_and_stays(folder):
     assert 0 <= one.min() < one.max() == 1
 
 
+def test_noise_is_averaged_along_with_the_recording(folder):
+    fine = AVMNIST(str(folder), **SMALL).read("val", "audio", [4])[0]
+    coarse = AVMNIST(str(folder), average=4, **SMALL).read("val", "audio", [4])[0]
+    assert np.array_equal(coarse[0], averaged(fine[0], 4))
+    assert coarse.shape == (1, 4, 3)
+
+
 def test_a_smaller_dataset_begins_with_the_rows_of_a_larger(folder):
     larger = AVMNIST(str(folder), **SMALL)
     smaller = AVMNIST(str(folder), **SMALL | {"num_train": 30})
@@ -224,6 +232,8 @@ def test_bad_files_are_named(folder, spoil, message):
     [
         ({"num_train": 70}, r"80, but 90 are asked for; lower dataset\.num_train and dataset\.num_val"),
         ({"components": 0}, r"dataset\.components must be in \[1, 784\], got 0"),
+        ({"average": 5}, r"average=5 must divide dataset\.frequencies=16 and dataset\.frames=12"),
+        ({"average": 0}, r"dataset\.average must be in \[1, 64\], got 0"),
         ({"disjoint": "takes"}, r"dataset\.disjoint must be clips or speakers, got 'takes'"),
         ({"on_bad_sample": "stay"}, r"dataset\.on_bad_sample must be stop or skip"),
     ],

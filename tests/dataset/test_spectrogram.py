@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy.io import wavfile
 
-from mmnas_lab.dataset.spectrogram import DYNAMIC_RANGE_DB, in_white_noise, log_spectrogram, read_wav
+from mmnas_lab.dataset.spectrogram import (
+    DYNAMIC_RANGE_DB,
+    averaged,
+    in_white_noise,
+    log_spectrogram,
+    read_wav,
+)
 from mmnas_lab.types import InputError
 
 
@@ -108,3 +114,17 @@ def test_noise_has_the_power_that_is_asked_for_and_its_own_draws():
     share = power.mean() / 10 ** (-15 / 10) / (power.mean() * (1 + 10 ** (15 / 10)))
     assert noisy[quiet].mean() / noisy.mean() == pytest.approx(share, rel=0.1)
     assert in_white_noise(clean, 60.0, rng)[clean > 0.6] == pytest.approx(clean[clean > 0.6], abs=0.05)
+
+
+@pytest.mark.parametrize(("shape", "side"), [((6, 4), 2), ((9, 3), 3), ((8, 12), 4)])
+def test_an_averaged_spectrogram_has_the_mean_power_of_each_block(shape, side):
+    fine = np.random.default_rng(0).random(shape, dtype=np.float32)
+    power = np.zeros((shape[0] // side, shape[1] // side))
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            power[i // side, j // side] += 10 ** ((fine[i, j] - 1) * DYNAMIC_RANGE_DB / 10) / side**2
+    decibels = 10 * np.log10(power / power.max())
+    found = averaged(fine, side)
+    assert found == pytest.approx(np.clip(1 + decibels / DYNAMIC_RANGE_DB, 0, 1), abs=1e-5)
+    assert found.dtype == np.float32
+    assert averaged(fine, 1) is fine
