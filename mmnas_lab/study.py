@@ -6,7 +6,9 @@ is not computed again, and stages under `outputs/` are shared as always.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,34 @@ from mmnas_lab.runner import prepare_process
 from mmnas_lab.training import Runtime
 
 CONF = Path(__file__).parent.parent / "conf"
+
+
+def study_parser(description: str, out: str, datasets: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """What studies are told alike.
+
+    Args:
+        description: of the study, as it stands in its file.
+        out: file of the rows.
+        datasets: that the study runs on, each with an option for its folder, None where it is not given.
+
+    Returns:
+        A parser of `--<dataset> <folder>`, `--out <file>` and, as `overrides`, Hydra's for every run.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in datasets:
+        parser.add_argument(f"--{name}", type=Path, help=f"folder of {name}; left out if not given")
+    parser.add_argument("--out", type=Path, default=Path(out), help="file of the rows")
+    parser.add_argument("overrides", nargs="*", help="for every run, output=<folder> for instance")
+    return parser
+
+
+def begin_study(name: str, out: Path) -> logging.Logger:
+    """The study's own log, with times; the folder of its rows is there afterwards."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return logging.getLogger(name)
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +33,8 @@ def append(path: Path, row: dict[str, Any]) -> None:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
+
+
+def same_run(identity: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether a row is of this run: overrides that change results count, also where there are none."""
+    return identity.items() <= row.items() and row.get("overrides") == identity.get("overrides")

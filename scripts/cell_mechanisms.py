@@ -21,9 +21,7 @@ The supernet has 3 cells of 2 nodes with C 4 on pictures of 16 x 16 (the papers:
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -34,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mmnas_lab.experiment import Experiment
 from mmnas_lab.randomness import generator
-from mmnas_lab.study import compose, open_experiment, row_environment
-from mmnas_lab.study_rows import append, read_rows
+from mmnas_lab.study import begin_study, compose, open_experiment, row_environment, study_parser
+from mmnas_lab.study_rows import append, read_rows, same_run
 
 SEEDS = (0, 1, 2)
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -174,22 +172,16 @@ def measure(identity: Identity, experiment: Experiment) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", help="for every run, trainer.threads=2 for instance")
+    parser = study_parser(__doc__ or "", "results/cell_mechanisms.jsonl")
     parser.add_argument("--path", type=Path, required=True, help="folder of CIFAR-10")
     parser.add_argument("--study", choices=["a", "b", "c"], nargs="+", default=["b", "c", "a"])
-    parser.add_argument("--out", type=Path, default=Path("results/cell_mechanisms.jsonl"))
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    log = logging.getLogger("cell_mechanisms")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    log = begin_study("cell_mechanisms", arguments.out)
     own = [override for override in arguments.overrides if override.startswith("dataset.")]
     for study in arguments.study:
         for identity, overrides in searches(study):
             identity |= {"overrides": own} if own else {}
-            if any(_same(identity, row) for row in read_rows(arguments.out)):
+            if any(same_run(identity, row) for row in read_rows(arguments.out)):
                 continue
             path = f"dataset.{'dataset.' if study == 'c' else ''}path={arguments.path}"
             started = time.monotonic()
@@ -197,11 +189,6 @@ def main() -> None:
             row = {**identity, **measure(identity, experiment), **row_environment(experiment)}
             append(arguments.out, row)
             log.info("%s done in %.0f s", identity, time.monotonic() - started)
-
-
-def _same(identity: Identity, row: dict[str, Any]) -> bool:
-    """Whether a row is of this search: overrides of the data count, also where there are none."""
-    return identity.items() <= row.items() and row.get("overrides") == identity.get("overrides")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ is to be set beside a paper's figure.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -40,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from mmnas_lab.dataset.base import SPLITS
 from mmnas_lab.experiment import Experiment
 from mmnas_lab.strategy.bench import Bench, Trial
-from mmnas_lab.study import compose, open_experiment, row_environment
+from mmnas_lab.study import begin_study, compose, open_experiment, row_environment, study_parser
 from mmnas_lab.study_rows import append, read_rows
 
 SEEDS = (0, 1, 2)
@@ -117,18 +116,9 @@ def search(experiment: Experiment) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name in OVERRIDES:
-        parser.add_argument(f"--{name}", type=Path, help=f"folder of {name}; left out if not given")
-    parser.add_argument("--out", type=Path, default=Path("results/mixmas_grid.jsonl"))
-    parser.add_argument("overrides", nargs="*", help="for every run, output=<folder> for instance")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    arguments = study_parser(__doc__ or "", "results/mixmas_grid.jsonl", OVERRIDES).parse_args()
     logging.getLogger("mmnas_lab").setLevel(logging.WARNING)
-    log = logging.getLogger("mixmas_grid")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    log = begin_study("mixmas_grid", arguments.out)
     for (name, own), seed in product(OVERRIDES.items(), SEEDS):
         if (path := getattr(arguments, name)) is None:
             continue

@@ -9,7 +9,6 @@ fusion that adds log-probabilities; and gradient boosting on PhysioNet 2012's st
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from mmnas_lab.experiment import Experiment
 from mmnas_lab.objective.metrics import classification_metrics
-from mmnas_lab.study import compose, open_experiment, row_environment
+from mmnas_lab.study import compose, open_experiment, row_environment, study_parser
 from mmnas_lab.study_rows import append, read_rows
 
 DATASETS = ("physionet2012", "utd_mhad", "avmnist")
@@ -115,14 +114,7 @@ def levels(experiment: Experiment, metric: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name in DATASETS:
-        parser.add_argument(f"--{name}", type=Path, help=f"folder of {name}; left out if not given")
-    parser.add_argument("--out", type=Path, default=Path("results/mixmas_levels.jsonl"))
-    parser.add_argument("overrides", nargs="*", help="for every run, output=<folder> for instance")
-    arguments = parser.parse_args()
+    arguments = study_parser(__doc__ or "", "results/mixmas_levels.jsonl", DATASETS).parse_args()
     for name in DATASETS:
         path = getattr(arguments, name)
         if path is None or any(row["dataset"] == name for row in read_rows(arguments.out)):

@@ -25,9 +25,7 @@ is not computed again. `python scripts/report.py results` makes the page.
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import sys
 import time
 from pathlib import Path
@@ -39,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from mmnas_lab.baselines import run_baselines
 from mmnas_lab.dataset.base import SPLITS
 from mmnas_lab.experiment import Experiment
-from mmnas_lab.study import compose, open_experiment, row_environment
-from mmnas_lab.study_rows import append, read_rows
+from mmnas_lab.study import begin_study, compose, open_experiment, row_environment, study_parser
+from mmnas_lab.study_rows import append, read_rows, same_run
 
 SEEDS = (0, 1, 2)
 OVERRIDES = {
@@ -130,23 +128,14 @@ def parameters(experiment: Experiment, found: Any, baselines: dict[str, Any]) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name in OVERRIDES:
-        parser.add_argument(f"--{name}", type=Path, help=f"folder of {name}; left out if not given")
-    parser.add_argument("--out", type=Path, default=Path("results/mixmas.jsonl"))
-    parser.add_argument("overrides", nargs="*", help="for every run, strategy.workers=2 for instance")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    log = logging.getLogger("mixmas_study")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments = study_parser(__doc__ or "", "results/mixmas.jsonl", OVERRIDES).parse_args()
+    log = begin_study("mixmas_study", arguments.out)
     own = [word for word in arguments.overrides if not word.startswith(HARDWARE)]
     for seed in SEEDS:
         for name, settings in OVERRIDES.items():
             path = getattr(arguments, name)
             identity = {"dataset": name, "seed": seed, **({"overrides": own} if own else {})}
-            if path is None or any(_same(identity, row) for row in read_rows(arguments.out)):
+            if path is None or any(same_run(identity, row) for row in read_rows(arguments.out)):
                 continue
             started = time.monotonic()
             overrides = [
@@ -160,11 +149,6 @@ def main() -> None:
             row = {**identity, **measure(experiment), **row_environment(experiment)}
             append(arguments.out, row)
             log.info("%s done in %.0f s: %s", identity, time.monotonic() - started, row["test"])
-
-
-def _same(identity: dict[str, Any], row: dict[str, Any]) -> bool:
-    """Whether a row is of this run: overrides that change results count, also where there are none."""
-    return identity.items() <= row.items() and row.get("overrides") == identity.get("overrides")
 
 
 if __name__ == "__main__":

@@ -33,9 +33,7 @@ figure.
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -50,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mmnas_lab.baselines import run_baselines
 from mmnas_lab.experiment import Experiment, Found
-from mmnas_lab.study import compose, open_experiment, row_environment
+from mmnas_lab.study import begin_study, compose, open_experiment, row_environment, study_parser
 from mmnas_lab.study_rows import append, read_rows
 from mmnas_lab.testing import late_fusion
 from mmnas_lab.types import Split
@@ -182,18 +180,10 @@ def measure(settings: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name in SHARES:
-        parser.add_argument(f"--{name}", type=Path, help=f"folder of {name}; left out if not given")
+    parser = study_parser(__doc__ or "", "results/ssl_nas_kinds.jsonl", SHARES)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--out", type=Path, default=Path("results/ssl_nas_kinds.jsonl"))
-    parser.add_argument("overrides", nargs="*", help="for every run, output=<folder> for instance")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    log = logging.getLogger("ssl_nas_kinds")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    log = begin_study("ssl_nas_kinds", arguments.out)
     datasets = [name for name in SHARES if getattr(arguments, name) is not None]
     for identity in runs(datasets, arguments.seeds):
         if any(identity.items() <= row.items() for row in read_rows(arguments.out)):

@@ -10,7 +10,6 @@ metric that selects the networks' checkpoints.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from ssl_nas_kinds import COMMON, OVERRIDES, reported
 
 from mmnas_lab.experiment import Experiment
 from mmnas_lab.objective.metrics import classification_metrics
-from mmnas_lab.study import compose, open_experiment, row_environment
+from mmnas_lab.study import compose, open_experiment, row_environment, study_parser
 from mmnas_lab.study_rows import append, read_rows
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -60,14 +59,8 @@ def fitted(experiment: Experiment, names: list[str], metric: str) -> dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name in OVERRIDES:
-        parser.add_argument(f"--{name}", type=Path, help=f"folder of {name}; left out if not given")
+    parser = study_parser(__doc__ or "", "results/ssl_nas_kinds_sklearn.jsonl", OVERRIDES)
     parser.add_argument("--rows", type=Path, default=Path("results/ssl_nas_kinds.jsonl"))
-    parser.add_argument("--out", type=Path, default=Path("results/ssl_nas_kinds_sklearn.jsonl"))
-    parser.add_argument("overrides", nargs="*", help="for every run, output=<folder> for instance")
     arguments = parser.parse_args()
     for row in read_rows(arguments.rows):
         identity = {name: row[name] for name in ("dataset", "labelled_share", "seed")}
