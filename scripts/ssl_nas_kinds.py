@@ -22,9 +22,8 @@ nearly every class and none of some; it is run at r = 0.3 as well, where every c
 each half of the supervised search. The others have labels of every class at r = 0.1.
 
 To keep it to an hour or so on one core, depth is read as 8 frames of 30 x 40, AV-MNIST has 6,000 training
-pairs with spectrograms of 28 x 28 (mean power of 4 x 4 cells), and where there are thousands of samples
-searches and pretrainings have fewer epochs, which leaves them some 300 steps each, as many as UTD-MHAD gives
-them.
+pairs, and where there are thousands of samples searches and pretrainings have fewer epochs, which leaves them
+some 300 steps each, as many as UTD-MHAD gives them. Genotypes are read off alpha (`strategy=bilevel`).
 
 One row of `results/ssl_nas_kinds.jsonl` for each dataset, share and seed; what is there is not computed
 again. Sizes are those of scale=cpu, with what is set below; nothing here is to be set beside a paper's
@@ -55,7 +54,7 @@ from mmnas_lab.types import Split
 
 SEEDS = [0, 1, 2]
 SHARES = {"utd_mhad": (0.1, 0.3), "avmnist": (0.1,), "physionet2012": (0.1,)}
-COMMON = ["trainer.threads=1", "random_draws=2"]
+COMMON = ["trainer.threads=1", "random_draws=2", "strategy=bilevel"]
 OVERRIDES = {
     "utd_mhad": [
         "baselines=[skeleton,inertial,depth,late_fusion,random_genotype]",
@@ -68,7 +67,6 @@ OVERRIDES = {
         "dataset.num_train=6000",
         "dataset.num_val=1000",
         "dataset.num_test=2000",
-        "dataset.average=4",
         "encoder_pretrain.epochs=8",
         "search.epochs=12",
         "pretrain.epochs=15",
@@ -82,7 +80,6 @@ OVERRIDES = {
 # The same space and recipe; BM-NAS searches with whole passes in turn, on clean features, in small batches.
 SUPERVISED = [
     "objective=supervised",
-    "strategy=bilevel",
     "strategy.alternation=epoch",
     "search.views.drop_modality=0",
     "search.batch_size=64",

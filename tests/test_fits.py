@@ -67,7 +67,10 @@ def test_an_objective_drives_searches_of_the_spaces_that_it_fits_and_no_other(ob
     assert all(name in message for name in fitting)
 
 
-def test_weight_sharing_on_one_mixture_is_refused_before_anything_is_computed(tmp_path):
-    command = [*arguments("fusion"), "strategy=weight_sharing", "search_space.pairing=shared"]
-    assert "pairing=distinct" in one_message(run(*command, cwd=tmp_path))
+@pytest.mark.parametrize("strategy", ["weight_sharing", "bilevel_by_loss"])
+def test_single_genotypes_of_one_mixture_are_refused_before_anything_is_computed(strategy, tmp_path):
+    command = [*arguments("fusion"), f"strategy={strategy}", "search_space.pairing=shared"]
+    message = one_message(run(*command, cwd=tmp_path))
+    assert f"strategy={strategy} needs" in message
+    assert "search_space.pairing=distinct, or strategy=bilevel" in message
     assert not (tmp_path / "outputs").exists()

@@ -19,6 +19,7 @@ Key = tuple[str, str, float]  # network, pretraining, labelled share
 POSTERS = "ssl_nas_posters.jsonl"
 SKLEARN = "ssl_nas_posters_sklearn.jsonl"
 NETWORKS = {"ssl_nas_mmimdb": "found, NT-Xent search", "bm_nas_mmimdb": "found, supervised search"}
+DECIDED = {"ssl_nas_mmimdb": "loss", "bm_nas_mmimdb": "weights"}  # how the experiments find a genotype
 BASELINES = {
     "random_genotype": "random genotype",
     "text": "text only",
@@ -61,7 +62,11 @@ def _row(record: Mapping[str, Any], config_text: str) -> dict[str, Any] | None:
     import yaml
 
     config = yaml.safe_load(config_text)
-    if config["scale"] != "cpu" or config["strategy"]["_target_"].rsplit(".", 1)[-1] != "Bilevel":
+    strategy = config["strategy"]
+    decided = strategy.get("decide", "weights")
+    if config["scale"] != "cpu" or strategy["_target_"].rsplit(".", 1)[-1] != "Bilevel":
+        return None
+    if decided != DECIDED[record["experiment"]]:
         return None
 
     def scores(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -70,6 +75,7 @@ def _row(record: Mapping[str, Any], config_text: str) -> dict[str, Any] | None:
     environment = record["environment"]
     return {
         "experiment": record["experiment"],
+        "decided_by": decided,
         "pretrain_epochs": config["pretrain"]["epochs"],
         "labelled_share": config["labelled_share"],
         "seed": record["seed"],
@@ -98,7 +104,8 @@ def _without_paths(command: str) -> str:
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["experiment"], row["pretrain_epochs"] > 0, row["labelled_share"], row["seed"]
+    decided = row.get("decided_by", "weights")
+    return row["experiment"], decided, row["pretrain_epochs"] > 0, row["labelled_share"], row["seed"]
 
 
 def poster_scores(rows: Sequence[Mapping[str, Any]]) -> dict[Key, dict[int, float]]:

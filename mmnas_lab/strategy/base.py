@@ -61,7 +61,8 @@ class SearchResult:
 
     Attributes:
         genotype: the best architecture.
-        margins: by how much each of its choices won.
+        margins: by how much each of its choices won, in mixing weights or, where single genotypes were
+            compared, in their loss.
         selection: how it was chosen among the candidates: name, value, epoch or draw.
         history: everything logged.
         trace: relaxed weights over the search, `{"names": ..., "records": [...]}`; empty without a hypernet.

@@ -38,7 +38,6 @@ KEPT = (
     "snapshots",
     "alarmed",
     "best_state",
-    "decided",
 )
 """What a save point of a search holds besides the module."""
 
@@ -224,7 +223,8 @@ class SearchModule(Fit):
         if self._moves(epoch) and math.isfinite(loss) and (not self.best or loss < self.best["loss"]):
             self.best = {"loss": loss, **state}
             if self.decide == "loss":
-                self.best_state = {name: value.clone() for name, value in self.scored.state_dict().items()}
+                state_now = self.scored.state_dict().items()
+                self.best_state = {name: value.detach().cpu().clone() for name, value in state_now}
         points = {f"search/eval_{name}": value for name, value in values.items()}
         points |= {f"search/{name}": value for name, value in self.network.monitors(derived.genotype).items()}
         if self._moves(epoch):
@@ -238,13 +238,17 @@ class SearchModule(Fit):
         return points
 
     def _compare(self) -> None:
-        """Decide by the losses of single genotypes, with the weights of the best epoch."""
+        """Decide by the losses of single genotypes, with the weights of the best epoch, which stay."""
         objective = self.scored.objective
-        last = {name: value.clone() for name, value in self.scored.state_dict().items()}
         self.scored.load_state_dict(self.best_state)
         named = self.network.derive().genotype
-        end = descend(self.network, named, lambda network: objective.evaluate(network, self.held)["loss"])
-        self.scored.load_state_dict(last)
+        assert self.save_point is not None
+        end = descend(
+            self.network,
+            named,
+            lambda network: objective.evaluate(network, self.held)["loss"],
+            self.save_point.with_name("compared.json"),
+        )
         log.info(
             "%d single genotypes compared: loss %.3f, of the one that the weights name %.3f",
             end.compared,
@@ -256,7 +260,7 @@ class SearchModule(Fit):
             "margins": end.margins,
             "loss": end.loss,
             "epoch": self.best["epoch"],
-            "loss_by_weights": end.start,
+            "loss_by_weights": end.start if math.isfinite(end.start) else None,
             "compared": end.compared,
         }
 
@@ -323,7 +327,7 @@ class SearchModule(Fit):
 
     def set_extra_state_from(self, state: dict[str, Any]) -> None:
         for name in KEPT:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))
         if self.stopped:
             self.num_epochs = self.stopped["stopped_after"] + 1
 

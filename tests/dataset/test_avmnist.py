@@ -148,6 +148,7 @@ def test_the_fingerprint_follows_inputs_and_settings(folder):
     assert AVMNIST(str(folder), **SMALL).fingerprint() == first
     assert AVMNIST(str(folder), degraded=False, **SMALL).fingerprint() != first
     assert AVMNIST(str(folder), seed=1, **SMALL).fingerprint() != first
+    assert AVMNIST(str(folder), average=4, **SMALL).fingerprint() != first
     pairs(dataset, "train")[0].clip.content.write_bytes(wav(3, np.random.default_rng(5)))
     assert AVMNIST(str(folder), **SMALL).fingerprint() != first
 

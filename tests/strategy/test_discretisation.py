@@ -21,7 +21,7 @@ from mmnas_lab.loader import FixedBatches
 from mmnas_lab.objective.nt_xent import NTXent
 from mmnas_lab.search_space.fusion.space import FusionSpace
 from mmnas_lab.strategy.curvature import CurvatureStop
-from mmnas_lab.strategy.discretisation import descend
+from mmnas_lab.strategy.discretisation import _margins, descend
 from mmnas_lab.strategy.gradient_search import Bilevel
 from mmnas_lab.strategy.search_module import SearchModule
 from mmnas_lab.types import InputError, TrainingError
@@ -134,51 +134,104 @@ def test_losses_that_are_not_finite_are_never_the_best(generator):
         descend(network, space.sample(INFOS, generator), lambda _: math.nan)
 
 
+def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path, generator):
+    space = space_of(num_cells=2)
+    network, loss = hypernet_of(space, generator)
+    start, store = space.sample(INFOS, generator), tmp_path / "compared.json"
+    expected = descend(network, start, loss)
+    first_decision = len(network.revised(start, 0))
+    calls = []
+
+    def counted(pinned):
+        calls.append(pinned)
+        if len(calls) == first_decision + 10:
+            raise Stopped
+        return loss(pinned)
+
+    with pytest.raises(Stopped):
+        descend(network, start, counted, store)
+    calls.clear()
+    calls.extend([None] * 10_000)
+    assert descend(network, start, counted, store) == expected
+    assert len(calls) - 10_000 == expected.compared - first_decision
+    assert not store.exists()
+
+
+def test_the_order_of_a_sum_is_no_other_choice(generator):
+    space = FusionSpace(
+        num_cells=1, num_steps=1, channels=3, length=4, dropout=0.1, pairing="distinct", protocol="paper"
+    )
+    network, loss = hypernet_of(space, generator)
+    sums = [one for one in space.all_single_cells(INFOS) if one.cells[0].steps[0].op == "sum"]
+    losses = {one: pinned_loss(network, one, loss) for one in sums}
+    best = min(sums, key=losses.get)
+    pair = best.cells[0].inputs
+    (swapped,) = (one for one in sums if one.cells[0].inputs == pair[::-1])
+    assert losses[swapped] == losses[best]
+    others = [value for one, value in losses.items() if set(one.cells[0].inputs) != set(pair)]
+    assert _margins(best, sums, losses.get) == {"cell.0.inputs": min(others) - losses[best]}
+    assert min(others) > losses[best]
+    assert "zero" in space.ops
+    assert "zero" not in {one.cells[0].steps[0].op for one in network.revised(best, 0)}
+
+
 # At the end of a search.
 
 
-def decided(folder, running=None, **settings):
+EPOCHS, BEST = 6, 3
+
+
+def given_to(running=None):
+    return replace(problem(running or runtime(), epochs=EPOCHS), space=space_of(num_cells=2))
+
+
+def decided(folder, running=None):
     """The result of a search that compares single genotypes, and the states after its epochs."""
     folder.mkdir(exist_ok=True)
-    given = replace(problem(running or runtime(), epochs=3, **settings), space=space_of(num_cells=2))
     with states(SearchModule) as seen:
-        result = Bilevel(decide="loss").search(given, folder)
+        result = Bilevel(decide="loss").search(given_to(running), folder)
+    assert list(folder.iterdir()) == []
+    assert result.selection["epoch"] == BEST, "whose weights are not the last ones"
     return result, seen
 
 
-def test_a_search_compares_with_the_weights_of_its_best_epoch(tmp_path):
-    result, seen = decided(tmp_path)
-    (tmp_path / "by_weights").mkdir()
-    given = replace(problem(runtime(), epochs=3), space=space_of(num_cells=2))
-    with states(SearchModule) as others:
-        by_weights = Bilevel().search(given, tmp_path / "by_weights")
-    assert all(same_state(one, other) for one, other in zip(seen, others, strict=True))
-    assert result.history == by_weights.history
-    assert result.selection["epoch"] == by_weights.selection["epoch"]
-    # The loss of a genotype with the best epoch's weights, by hand.
+def losses_by_hand(state, *genotypes):
+    """Losses of single genotypes on the architecture half, with these weights."""
+    given = given_to()
     network = given.space.hypernet(INFOS)
     objective = NTXent(network.info.embedding, 0.5, hidden=5, projection=4)
-    kept = seen[result.selection["epoch"]]
     for prefix, module in (("network.", network), ("objective.", objective)):
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)})
+        own = {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
+        module.load_state_dict(own)
         module.eval()
-    held = FixedBatches(
-        given.architecture, given.draw, given.settings.batch_size, (0, "search", "held"), True
-    )
-    losses = {}
-    for name, genotype in (("found", result.genotype), ("named", by_weights.genotype)):
+    held = FixedBatches(given.architecture, given.draw, 4, (0, "search", "held"), whole=True)
+    losses = []
+    for genotype in genotypes:
         with network.pinned(genotype):
-            losses[name] = objective.evaluate(network, held)["loss"]
+            losses.append(objective.evaluate(network, held)["loss"])
+    return losses
+
+
+def test_a_search_compares_with_the_weights_of_its_best_epoch(tmp_path):
+    result, seen = decided(tmp_path / "by_loss")
+    (tmp_path / "by_weights").mkdir()
+    with states(SearchModule) as others:
+        by_weights = Bilevel().search(given_to(), tmp_path / "by_weights")
+    assert all(same_state(one, other) for one, other in zip(seen[:-1], others[:-1], strict=True))
+    assert same_state(seen[-1], seen[BEST])
+    assert result.history == by_weights.history
+    assert by_weights.selection["epoch"] == BEST
+    found, named = losses_by_hand(seen[BEST], result.genotype, by_weights.genotype)
     assert result.selection["name"] == "search/single_loss"
-    assert result.selection["value"] == pytest.approx(losses["found"], rel=1e-5)
-    assert result.selection["loss_by_weights"] == pytest.approx(losses["named"], rel=1e-5)
-    assert losses["found"] < losses["named"]
+    assert result.selection["value"] == pytest.approx(found, rel=1e-5)
+    assert result.selection["loss_by_weights"] == pytest.approx(named, rel=1e-5)
+    assert found < named
     assert result.selection["compared"] > 50
 
 
 @pytest.mark.parametrize(
     "stop",
-    [stop_at_step(1), stop_at_step(5), stop_at_step(8), stop_after_validation(1), stop_after_validation(2)],
+    [stop_at_step(1), stop_at_step(14), stop_after_validation(4), stop_after_validation(5)],
 )
 def test_a_stopped_search_compares_the_same_genotypes(stop, tmp_path):
     expected, _ = decided(tmp_path / "whole")
@@ -193,14 +246,19 @@ def test_a_stopped_search_compares_the_same_genotypes(stop, tmp_path):
 
 
 def on_one_rank(folder):
-    result, _ = decided(folder, on_two_devices(runtime()))
-    return result.genotype.to_json(), result.selection, result.margins
+    with states(SearchModule) as seen:
+        result = Bilevel(decide="loss").search(given_to(on_two_devices(runtime())), folder)
+    return result, seen[result.selection["epoch"]]
 
 
 @pytest.mark.ddp
 def test_ranks_agree(tmp_path):
-    first, second = on_ranks(on_one_rank, tmp_path / "ranks")
-    assert first == second
+    (one, state), (other, _) = on_ranks(on_one_rank, tmp_path)
+    assert (one.genotype, one.selection, one.margins) == (other.genotype, other.selection, other.margins)
+    # Each rank has its own batches of the held half, so the loss of both is not that of one process.
+    around = losses_by_hand(state, one.genotype)
+    assert one.selection["value"] == pytest.approx(around[0], rel=0.5)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_decided_by_loss():

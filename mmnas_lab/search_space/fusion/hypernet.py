@@ -237,8 +237,9 @@ class DistinctHypernet(FusionHypernet):
         # The first step is chosen along with the cell's inputs; if it is the only one, it reads x and y.
         pairs = list(permutations(self._candidates(i), 2)) if m == 0 else [cell.inputs]
         operands = list(permutations(range(2 + m), 2)) if self.num_steps > 1 else [(0, 1)]
+        ops = [op for op in self.ops if op != "zero" or cell.steps[m].op == "zero"]  # nothing is chosen anew
         found = {genotype: None}
-        for pair, states, op in product(pairs, operands, self.ops):
+        for pair, states, op in product(pairs, operands, ops):
             steps = (*cell.steps[:m], StepGenotype(states, op), *cell.steps[m + 1 :])
             cells = (*genotype.cells[:i], CellGenotype(pair, steps), *genotype.cells[i + 1 :])
             found[FusionGenotype(cells, genotype.head_cells)] = None
