@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mmnas_lab.report.studies import BY_LOSS, SEEDS_TUNED_ON
+from mmnas_lab.report.fusion_table import BY_LOSS, SEEDS_TUNED_ON
 from mmnas_lab.study import compose, open_experiment, row_environment
 from mmnas_lab.study_rows import append, read_rows
 

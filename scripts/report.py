@@ -10,11 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from mmnas_lab.report.fusion_table import report_fusion_table
 from mmnas_lab.report.kinds import report_kinds
 from mmnas_lab.report.mechanisms import report_mechanisms
 from mmnas_lab.report.mixer_grid import report_mixer_grid
 from mmnas_lab.report.mixmas import report_mixmas
-from mmnas_lab.report.studies import collect_posters, report_fusion_table, report_posters
+from mmnas_lab.report.studies import collect_posters, report_posters
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from statistics import fmean
 import pytest
 
 from mmnas_lab.report import studies
+from mmnas_lab.report.fusion_table import BY_LOSS, report_fusion_table
 from mmnas_lab.report.mixmas import report_mixmas
-from mmnas_lab.report.studies import BY_LOSS
 from mmnas_lab.study_rows import append, read_rows
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -76,7 +76,7 @@ def test_rows_say_where_they_come_from(rows):
 def test_reports_are_made_from_the_rows_that_are_there(tmp_path):
     for path in RESULTS.glob("*.jsonl"):
         (tmp_path / path.name).write_text(path.read_text())
-    made = [*studies.report_posters(tmp_path), *studies.report_fusion_table(tmp_path)]
+    made = [*studies.report_posters(tmp_path), *report_fusion_table(tmp_path)]
     assert {path.name for path in made} == {"ssl_nas_posters.md", "ssl_nas_posters.png", "fusion_table.md"}
     for path in made:
         if path.suffix == ".md":
