@@ -425,7 +425,8 @@ def train(
         evaluations=evaluations,
     )
     limit = {} if max_seconds is None else {"max_time": timedelta(seconds=max_seconds)}
-    fit.run(gradient_clip_val=settings.clip_norm, unused_parameters=unused_parameters, **limit)
+    unused = unused_parameters or bool(getattr(network, "unread", False))
+    fit.run(gradient_clip_val=settings.clip_norm, unused_parameters=unused, **limit)
     if fit.best:
         fit.scored.load_state_dict(fit.best)
     distributed.broadcast_buffers(fit.scored)

@@ -40,6 +40,8 @@ class Network(nn.Module, ABC):
     """A module from named inputs to an embedding."""
 
     info: OutputInfo
+    unread: bool = False
+    """Whether it may have parameters on which its output does not depend; DDP must be told."""
 
     @abstractmethod
     def forward(self, inputs: Inputs, present: dict[str, Tensor] | None = None) -> Output:

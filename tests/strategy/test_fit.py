@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import TinySource, on_ranks
+from conftest import INFOS, TinySource, on_ranks
 from fits import (
+    CLASSES,
     Stopped,
     fit,
     on_two_devices,
@@ -16,7 +17,12 @@ from fits import (
 )
 
 from mmnas_lab import distributed
+from mmnas_lab.config import FitSettings, Optimizer
+from mmnas_lab.loader import Batches, draw_clean
 from mmnas_lab.objective.supervised import Supervised
+from mmnas_lab.search_space.fusion.genotype import CellGenotype, FusionGenotype, StepGenotype
+from mmnas_lab.search_space.fusion.space import FusionSpace
+from mmnas_lab.training import train
 from mmnas_lab.types import TrainingError
 
 STEPS = 3  # an epoch
@@ -146,3 +152,29 @@ def test_ranks_stay_bit_identical(tmp_path):
 def test_a_stopped_fit_on_two_ranks_goes_on_to_the_same_result(tmp_path):
     for whole, resumed in on_ranks(fit_on_this_rank, tmp_path, 5):
         assert_same_fit(resumed, whole)
+
+
+def fit_with_an_unread_cell(folder):
+    """Two epochs of a network of which the head reads the second cell alone, which reads no cell."""
+    space = FusionSpace(num_cells=2, num_steps=1, channels=3, length=4, head_cells=1)
+    step = (StepGenotype((0, 1), "sum"),)
+    cells = (CellGenotype(("image.0", "text.0"), step), CellGenotype(("image.1", "text.0"), step))
+    network = space.build(FusionGenotype(cells, 1), INFOS)
+    assert network.unread
+    trained = train(
+        network,
+        Supervised(network.info.embedding, "multilabel", CLASSES, torch.zeros(3)),
+        Batches(TinySource(13), draw_clean, 4, (0, "train", "batches"), whole=False),
+        None,
+        FitSettings(epochs=2, batch_size=4, optimizer=Optimizer(lr=0.01)),
+        label="train.net",
+        address=(0, "train"),
+        runtime=on_two_devices(runtime()),
+    )
+    return trained.scored.state_dict()
+
+
+@pytest.mark.ddp
+def test_ranks_train_a_network_with_an_unread_cell(tmp_path):
+    one, other = on_ranks(fit_with_an_unread_cell, tmp_path)
+    assert same_state(one, other)

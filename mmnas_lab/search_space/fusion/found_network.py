@@ -38,6 +38,7 @@ class FoundNetwork(Network):
 
     def __init__(self, space: FusionSpace, genotype: FusionGenotype, inputs: InputInfos) -> None:
         super().__init__()
+        self.unread = genotype.unread()
         self.names = genotype.features()
         self.modality_of = {name: inputs[name].modality for name in self.names}
         self.cell_inputs = [cell.inputs for cell in genotype.cells]

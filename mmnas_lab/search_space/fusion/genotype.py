@@ -39,6 +39,15 @@ class FusionGenotype:
         names = [name for cell in self.cells for name in cell.inputs if not name.startswith("cell.")]
         return tuple(dict.fromkeys(names))
 
+    def unread(self) -> bool:
+        """Whether the network has parts on which its output does not depend: unread cells, zeroed steps."""
+        names = [f"cell.{i}" for i in range(len(self.cells))]
+        read = set(names[len(names) - self.head_cells :])
+        for name, cell in reversed(list(zip(names, self.cells, strict=True))):
+            read |= set(cell.inputs) if name in read else set()
+        zeroed = any(step.op == "zero" for cell in self.cells for step in cell.steps)
+        return zeroed or not read.issuperset(names)
+
     def choices(self) -> dict[str, Any]:
         """What is chosen, by the names that margins have: `cell.0.inputs`, `cell.0.step.0.op`, ..."""
         found: dict[str, Any] = {}

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from mmnas_lab.search_space.fusion.genotype import CellGenotype, FusionGenotype, StepGenotype
 from mmnas_lab.search_space.fusion.space import FusionSpace
 from mmnas_lab.types import InputError, InputInfo
 
@@ -101,3 +102,18 @@ def test_what_is_no_genotype_is_refused_with_its_reason(change, message):
 def test_json_that_is_no_object_is_refused(data):
     with pytest.raises(InputError, match="not a fusion genotype"):
         FusionSpace().parse(data, INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("second", "op", "head_cells", "unread"),
+    [
+        (("image.1", "text.0"), "sum", 2, False),
+        (("image.1", "text.0"), "sum", 1, True),
+        (("cell.0", "text.0"), "sum", 1, False),
+        (("cell.0", "text.0"), "zero", 1, True),
+    ],
+)
+def test_parts_that_no_output_reads_are_known(second, op, head_cells, unread):
+    first = CellGenotype(("image.0", "text.0"), (StepGenotype((0, 1), "sum"),))
+    genotype = FusionGenotype((first, CellGenotype(second, (StepGenotype((0, 1), op),))), head_cells)
+    assert genotype.unread() is unread
